@@ -1,0 +1,52 @@
+"""elasticore: decoder LLMs whose attention heads choose, per input, between full and sparse.
+
+Everything public is importable from here; each name loads its module when it is first used, so
+``import elasticore`` is quick and pulls in no engine and no model library.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "elasticore.attention": (
+        "AttentionRequest",
+        "HybridHeadAttention",
+        "Verdict",
+        "hybrid_head_attention",
+        "straight_through",
+    ),
+    "elasticore.backends.registry": (
+        "backends",
+        "current_backend",
+        "register_backend",
+        "use_backend",
+    ),
+    "elasticore.errors": (
+        "ElasticoreError",
+        "UnknownBackend",
+        "UnsupportedModel",
+        "UnsupportedRequest",
+    ),
+    "elasticore.layout": ("Segments", "SequenceLayout"),
+    "elasticore.patterns": ("BlockLists", "BlockSelector", "Streaming", "XAttention"),
+    "elasticore.plan": ("HeadMode", "HeadPlan"),
+}
+_MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
+
+__all__ = ["__version__", *_MODULE_OF]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'elasticore' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,318 @@
+"""The attention interface that every backend implements, and the function that users call."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from elasticore.errors import UnsupportedRequest
+from elasticore.layout import SequenceLayout
+from elasticore.plan import HeadMode, HeadPlan
+
+__all__ = [
+    "AttentionRequest",
+    "HybridHeadAttention",
+    "Verdict",
+    "hybrid_head_attention",
+    "straight_through",
+]
+
+
+class Verdict(NamedTuple):
+    """Whether something can be done and, if not, why; true or false as a condition."""
+
+    ok: bool
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+
+@dataclass(frozen=True)
+class AttentionRequest:
+    """What one call asks of a backend, without its data; nothing in it is read from the device."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    query_heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+    sequences: int
+    layout: Literal["dense", "padded", "packed"]
+    lanes: frozenset[HeadMode]
+    block_size: int
+    gradients: bool
+
+    @classmethod
+    def of(
+        cls, q: Tensor, k: Tensor, v: Tensor, plan: HeadPlan, layout: SequenceLayout
+    ) -> AttentionRequest:
+        """The request that a call makes."""
+        wants = (t is not None and t.requires_grad for t in (q, k, v, plan.gate))
+        return cls(
+            q.device,
+            q.dtype,
+            q.shape[3],
+            q.shape[1],
+            k.shape[1],
+            q.shape[2],
+            k.shape[2],
+            layout.sequences(q.shape[0]),
+            layout.kind,
+            plan.lanes,
+            plan.block_size,
+            torch.is_grad_enabled() and any(wants),
+        )
+
+
+class HybridHeadAttention(ABC):
+    """An engine that runs attention heads of different modes in one call.
+
+    Subclass it, implement the three methods, register it with
+    :func:`elasticore.register_backend`, and prove it with :mod:`elasticore.testing`.
+    """
+
+    name: ClassVar[str]
+    lanes: ClassVar[frozenset[HeadMode]] = frozenset(HeadMode)
+    devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
+
+    @classmethod
+    @abstractmethod
+    def available(cls) -> Verdict:
+        """Whether the engine can run on this machine, decided without importing it if missing."""
+
+    @abstractmethod
+    def supports(self, request: AttentionRequest) -> Verdict:
+        """Whether this backend can do ``request``: dtype, sizes, device, lanes, gradients."""
+
+    @abstractmethod
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: HeadPlan,
+        *,
+        layout: SequenceLayout | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """Causal attention of every head in the mode that ``plan`` gives it.
+
+        Parameters
+        ----------
+        q
+            ``[B, Hq, Tq, D]``, any strides with a unit last one. The queries are the last
+            positions of their sequence; decoding is ``Tq = 1``.
+        k, v
+            ``[B, Hkv, Tk, D]``, ``Hq`` a multiple of ``Hkv``; never repeated to ``Hq`` heads.
+        plan
+            Modes ``[sequences, Hkv]`` and their parameters.
+        layout
+            Where the sequences lie; None means dense.
+        scale
+            Factor on q·k; None means ``1 / sqrt(D)``.
+
+        Returns
+        -------
+        Tensor
+            ``[B, Hq, Tq, D]`` in q's dtype; zero at queries that are padding. With
+            ``plan.gate``, its gradient is that of
+            ``(1 - gate) * O_retrieval + gate * O_sparse``.
+        """
+
+
+def hybrid_head_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: HeadPlan,
+    *,
+    layout: SequenceLayout | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Check a call once and run it on the chosen backend.
+
+    Parameters
+    ----------
+    q, k, v, plan, layout, scale
+        See :meth:`HybridHeadAttention.attend`.
+    backend
+        A backend's name for this call; None means the one of :func:`elasticore.use_backend`.
+
+    Returns
+    -------
+    Tensor
+        ``[B, Hq, Tq, D]`` in q's dtype.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is wrong; the message names it and says what is accepted.
+    UnsupportedRequest
+        If the backend cannot do this call; the message gives its reason.
+
+    Examples
+    --------
+    >>> import torch, elasticore
+    >>> q, k = torch.randn(1, 8, 256, 64), torch.randn(1, 2, 256, 64)
+    >>> plan = elasticore.HeadPlan(torch.tensor([[0, 1]], dtype=torch.int8))
+    >>> elasticore.hybrid_head_attention(q, k, k, plan, backend="serial").shape
+    torch.Size([1, 8, 256, 64])
+    """
+    from elasticore.backends.registry import resolve
+
+    layout, scale = check_call(q, k, v, plan, layout, scale)
+    request = AttentionRequest.of(q, k, v, plan, layout)
+    return resolve(backend, request).attend(q, k, v, plan, layout=layout, scale=scale)
+
+
+def check_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: HeadPlan,
+    layout: SequenceLayout | None,
+    scale: float | None,
+) -> tuple[SequenceLayout, float]:
+    """Check everything that can be checked without reading the device; fill in the defaults."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
+        if tensor.ndim != 4:
+            raise ValueError(
+                f"{name} must have 4 axes [batch, heads, positions, head_dim], got "
+                f"{list(tensor.shape)}."
+            )
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {tensor.dtype}.")
+        if 0 in (tensor.shape[1], tensor.shape[3]):
+            raise ValueError(f"{name} has no heads or no head_dim: {list(tensor.shape)}.")
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{name} is {tensor.dtype} but q is {q.dtype}; use one dtype.")
+        if tensor.device != q.device:
+            raise ValueError(f"{name} is on {tensor.device} but q is on {q.device}; move it there.")
+        if tensor.shape[3] > 1 and tensor.stride(3) != 1:
+            raise ValueError(
+                f"{name} must be contiguous along head_dim (stride 1), got strides "
+                f"{tensor.stride()}; use {name}.contiguous()."
+            )
+    if k.shape != v.shape:
+        raise ValueError(f"v must have the shape of k {list(k.shape)}, got {list(v.shape)}.")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            f"q and k must agree in batch and head_dim, got q {list(q.shape)} and k "
+            f"{list(k.shape)}."
+        )
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"q has {q.shape[1]} heads, which is no multiple of the {k.shape[1]} heads of k; "
+            "every KV head serves a whole group of query heads."
+        )
+    if layout is None:
+        layout = SequenceLayout.dense()
+    elif not isinstance(layout, SequenceLayout):
+        raise TypeError(f"layout must be a SequenceLayout or None, got {layout!r}.")
+    layout.check(q.shape[0], q.shape[2], k.shape[2], q.device)
+
+    if not isinstance(plan, HeadPlan):
+        raise TypeError(f"plan must be a HeadPlan, got {type(plan).__name__}.")
+    if plan.modes.device != q.device:
+        raise ValueError(
+            f"plan is on {plan.modes.device} but q is on {q.device}; build it from modes there."
+        )
+    expected = (layout.sequences(q.shape[0]), k.shape[1])
+    if tuple(plan.modes.shape) != expected:
+        raise ValueError(
+            f"plan.modes must be [sequences, kv_heads] = {list(expected)} for this call, got "
+            f"{list(plan.modes.shape)}."
+        )
+    if scale is None:
+        scale = 1 / math.sqrt(q.shape[3])
+    elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a float or None, got {scale!r}.")
+    elif not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}.")
+    return layout, float(scale)
+
+
+def require(verdict: Verdict, name: str) -> None:
+    """Raise ``UnsupportedRequest`` with the reason unless ``verdict`` is ok."""
+    if not verdict.ok:
+        raise UnsupportedRequest(f"backend {name!r} cannot do this call: {verdict.reason}")
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The chosen branch's output, with the gate's gradient from both branches."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, chosen: Tensor, other: Tensor, row: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, chosen, other, row)
+        return chosen.view_as(chosen)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        gate, chosen, other, row = ctx.saved_tensors
+        (grad,) = grads
+        gate_grad = None
+        if ctx.needs_input_grad[0]:
+            exact = torch.promote_types(chosen.dtype, torch.float32)
+            heads = gate.shape[1]
+            # [B, Hq, Tq], one head's D at a time: no fp32 copy of the outputs is kept.
+            dot = torch.stack(
+                [
+                    (grad[:, h].to(exact) * (other[:, h].to(exact) - chosen[:, h].to(exact))).sum(
+                        -1
+                    )
+                    for h in range(grad.shape[1])
+                ],
+                1,
+            )
+            dot = dot.unflatten(1, (heads, -1)).sum(2)  # [B, Hkv, Tq]
+            per_query = dot.new_zeros(gate.shape[0] + 1, heads)
+            # Queries of padding are counted in one extra row, which is cut off.
+            per_query.index_add_(0, row.flatten(), dot.transpose(1, 2).flatten(0, 1))
+            # other - chosen is O_sparse - O_retrieval where the gate chose retrieval.
+            gate_grad = (per_query[:-1] * (1 - 2 * gate)).to(gate.dtype)
+        return gate_grad, grad, None, None
+
+
+def straight_through(
+    gate: Tensor, chosen: Tensor, other: Tensor, layout: SequenceLayout, keys: int
+) -> Tensor:
+    """``chosen``, with the gradient of ``(1 - gate) * O_retrieval + gate * O_sparse`` for the gate.
+
+    What a backend uses that has no kernel of its own for it: run the plan, run ``plan.swapped()``
+    without gradients, and join the two outputs here. The gradient of q, k and v flows through
+    ``chosen`` only, which is exact as the gate is 0 or 1.
+
+    Parameters
+    ----------
+    gate
+        ``[sequences, kv_heads]``, exactly 0 or 1.
+    chosen, other
+        ``[B, Hq, Tq, D]``: the outputs of the plan and of ``plan.swapped()``.
+    layout
+        Where the sequences lie.
+    keys
+        Positions of the key axis (``Tk``).
+    """
+    batch, _, queries, _ = chosen.shape
+    segments = layout.segments(batch, queries, keys, chosen.device)
+    # The sequence that each query belongs to; padding belongs to one past the last.
+    step = torch.arange(queries, device=chosen.device)
+    starts, stops = segments.query_start, segments.query_start + segments.query_length
+    if layout.kind == "packed":
+        owner = torch.searchsorted(stops, step, right=True)
+        row = owner[None]
+    else:
+        inside = (step >= starts[:, None]) & (step < stops[:, None])
+        row = torch.where(inside, segments.row[:, None], batch)
+    return _StraightThrough.apply(gate, chosen, other, row)

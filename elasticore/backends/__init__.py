@@ -1,0 +1,1 @@
+"""Engines behind the attention interface: one engine, one file or folder."""

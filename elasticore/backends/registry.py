@@ -1,0 +1,246 @@
+"""Which engines there are, which of them runs, and how another one joins."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from contextvars import ContextVar, Token
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import NamedTuple
+
+from elasticore.attention import AttentionRequest, HybridHeadAttention, Verdict, require
+from elasticore.errors import UnknownBackend, UnsupportedRequest
+from elasticore.plan import HeadMode
+
+__all__ = ["BackendInfo", "backends", "current_backend", "register_backend", "use_backend"]
+
+AUTO = "auto"
+ENTRY_POINTS = "elasticore.backends"
+
+# Built-in backends, fastest first, by the place of their class: none is imported before it is
+# asked for. ``auto`` tries them in this order, then those that were registered.
+_BUILT_IN = {"serial": "elasticore.backends.serial:SerialAttention"}
+
+_registered: dict[str, type[HybridHeadAttention]] = {}
+_instances: dict[str, HybridHeadAttention] = {}
+_default: ContextVar[str] = ContextVar("elasticore_backend", default=AUTO)
+
+
+class BackendInfo(NamedTuple):
+    """One line of :func:`backends`."""
+
+    name: str
+    available: bool
+    reason: str
+    lanes: tuple[str, ...]
+    devices: tuple[str, ...]
+
+
+class BackendTable(list[BackendInfo]):
+    """A list of :class:`BackendInfo` that prints as a table."""
+
+    def __repr__(self) -> str:
+        rows = [("backend", "available", "lanes", "devices", "reason")]
+        rows += [
+            (
+                b.name,
+                "yes" if b.available else "no",
+                " ".join(b.lanes),
+                " ".join(b.devices),
+                b.reason,
+            )
+            for b in self
+        ]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+        return "\n".join(lines)
+
+
+def register_backend(
+    name: str, backend: type[HybridHeadAttention], *, replace: bool = False
+) -> None:
+    """Make a backend known under ``name``.
+
+    A package can do the same without being imported, by an entry point in the group
+    ``elasticore.backends``.
+
+    Parameters
+    ----------
+    name
+        What :func:`use_backend` is called with.
+    backend
+        A subclass of :class:`HybridHeadAttention` whose constructor takes no arguments.
+    replace
+        Whether a name that is taken is given to the new class.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the name is no string, taken or reserved, or the class is no backend.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a str, got {name!r}.")
+    if not name or name == AUTO:
+        raise ValueError(f"name must be neither empty nor {AUTO!r}, got {name!r}.")
+    if not (isinstance(backend, type) and issubclass(backend, HybridHeadAttention)):
+        raise TypeError(
+            f"backend must be a subclass of elasticore.HybridHeadAttention, got {backend!r}."
+        )
+    if getattr(backend, "__abstractmethods__", None):
+        missing = ", ".join(sorted(backend.__abstractmethods__))
+        raise TypeError(f"backend {backend.__name__} does not implement {missing}.")
+    if not replace and name in _names():
+        raise ValueError(f"name {name!r} is taken; choose another or pass replace=True.")
+    _registered[name] = backend
+    _instances.pop(name, None)
+
+
+@dataclass
+class _Selection:
+    """The handle of :func:`use_backend`: leaving it as a context manager restores the old choice."""
+
+    name: str
+    _token: Token[str] | None = field(default=None, repr=False)
+
+    def __enter__(self) -> _Selection:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._token is not None:
+            _default.reset(self._token)
+            self._token = None
+
+
+def use_backend(name: str) -> _Selection:
+    """Run attention on the backend ``name`` from now on, or inside a ``with`` block.
+
+    The choice belongs to the current context (:mod:`contextvars`): threads and asyncio tasks do
+    not see each other's.
+
+    Parameters
+    ----------
+    name
+        A registered backend, or ``"auto"`` for the fastest that is available and supports the call.
+
+    Raises
+    ------
+    UnknownBackend
+        If no backend has that name; the message lists those there are.
+    UnsupportedRequest
+        If it cannot run on this machine; the message says why and lists what can.
+
+    Examples
+    --------
+    >>> import elasticore
+    >>> with elasticore.use_backend("serial"):
+    ...     elasticore.current_backend()
+    'serial'
+    """
+    _check_usable(name)
+    return _Selection(name, _default.set(name))
+
+
+def current_backend() -> str:
+    """The name that :func:`use_backend` set in this context; ``"auto"`` if it was never called."""
+    return _default.get()
+
+
+def backends() -> BackendTable:
+    """Every known backend: name, whether it is available, why not, lanes and devices."""
+    table = BackendTable()
+    for name in _names():
+        verdict = _verdict(name)
+        try:
+            cls = _class(name)
+            lanes = tuple(mode.name for mode in HeadMode if mode in cls.lanes)
+            devices = tuple(cls.devices)
+        except Exception:  # a plugin that cannot be imported: _verdict holds the reason
+            lanes, devices = (), ()
+        table.append(BackendInfo(name, verdict.ok, verdict.reason, lanes, devices))
+    return table
+
+
+def resolve(name: str | None, request: AttentionRequest) -> HybridHeadAttention:
+    """The backend that runs ``request``: ``name``, or the context's choice if None.
+
+    Raises
+    ------
+    UnknownBackend, UnsupportedRequest
+        If there is no such backend, or it (with ``"auto"``: every one) cannot do the request.
+    """
+    name = _default.get() if name is None else name
+    if name != AUTO:
+        _check_usable(name)
+        backend = _instance(name)
+        require(backend.supports(request), name)
+        return backend
+    reasons = []
+    for candidate in _names():
+        verdict = _verdict(candidate)
+        if verdict.ok:
+            verdict = _instance(candidate).supports(request)
+            if verdict.ok:
+                return _instance(candidate)
+        reasons.append(f"{candidate}: {verdict.reason}")
+    raise UnsupportedRequest("no backend can do this call: " + "; ".join(reasons))
+
+
+def _check_usable(name: object) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"backend must be a name (str), got {name!r}.")
+    if name == AUTO:
+        return
+    if name not in _names():
+        raise UnknownBackend(f"backend {name!r} is unknown; there are: {_usable()}.")
+    verdict = _verdict(name)
+    if not verdict.ok:
+        raise UnsupportedRequest(
+            f"backend {name!r} is not available here: {verdict.reason} Available: {_usable()}."
+        )
+
+
+def _usable() -> str:
+    return ", ".join([AUTO, *(name for name in _names() if _verdict(name).ok)])
+
+
+def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
+    return {entry.name: entry for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+
+
+def _names() -> list[str]:
+    return list(dict.fromkeys([*_BUILT_IN, *_registered, *_entry_points()]))
+
+
+def _class(name: str) -> type[HybridHeadAttention]:
+    if name in _registered:
+        return _registered[name]
+    if name in _BUILT_IN:
+        module, _, attribute = _BUILT_IN[name].partition(":")
+        found = getattr(importlib.import_module(module), attribute)
+    else:
+        found = _entry_points()[name].load()
+    if not (isinstance(found, type) and issubclass(found, HybridHeadAttention)):
+        raise TypeError(f"{found!r} is no subclass of elasticore.HybridHeadAttention.")
+    _registered[name] = found
+    return found
+
+
+def _verdict(name: str) -> Verdict:
+    try:
+        return _class(name).available()
+    except (
+        Exception
+    ) as error:  # somebody else's package may fail in any way; it must not break ours
+        return Verdict(False, f"its package failed to load ({type(error).__name__}: {error}).")
+
+
+def _instance(name: str) -> HybridHeadAttention:
+    if name not in _instances:
+        _instances[name] = _class(name)()
+    return _instances[name]

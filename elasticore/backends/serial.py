@@ -1,0 +1,260 @@
+"""The reference backend: one lane after the other, in plain PyTorch (the paper's Algorithm 1a).
+
+For every sequence the heads are split by mode, each lane runs on its own heads, and the outputs are
+merged. The lanes work through the queries in tiles of rows, so nothing of size Tq × Tk is held; a
+tile's scores are ``[heads, tile rows, keys read]`` inside SDPA. Which engine SDPA picks (flash,
+memory-efficient, cuDNN, CPU flash) is PyTorch's choice.
+
+Splitting needs to know the modes and lengths on the host, so a call on a GPU waits for the device
+once: that, and one launch per lane, is the cost that a fused backend removes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from elasticore.attention import (
+    AttentionRequest,
+    HybridHeadAttention,
+    Verdict,
+    check_call,
+    straight_through,
+)
+from elasticore.layout import SequenceLayout
+from elasticore.patterns.selector import BlockLists
+from elasticore.plan import HeadMode, HeadPlan
+
+__all__ = ["SerialAttention"]
+
+TILE = 512
+"""Query rows of one tile, a multiple of every block size."""
+
+
+class SerialAttention(HybridHeadAttention):
+    """The oracle: plain PyTorch on any device, dtype and layout, with all gradients."""
+
+    name = "serial"
+
+    @classmethod
+    def available(cls) -> Verdict:
+        """Always: it needs PyTorch only."""
+        return Verdict(True)
+
+    def supports(self, request: AttentionRequest) -> Verdict:
+        """Every request that passes the checks of :func:`hybrid_head_attention`."""
+        return Verdict(True)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: HeadPlan,
+        *,
+        layout: SequenceLayout | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """See :meth:`HybridHeadAttention.attend`."""
+        layout, scale = check_call(q, k, v, plan, layout, scale)
+        out = _dispatch(q, k, v, plan, layout, scale)
+        if plan.gate is None or not (plan.gate.requires_grad and torch.is_grad_enabled()):
+            return out
+        with torch.no_grad():
+            other = _dispatch(q, k, v, plan.swapped(), layout, scale)
+        return straight_through(plan.gate, out, other, layout, k.shape[2])
+
+
+def _dispatch(
+    q: Tensor, k: Tensor, v: Tensor, plan: HeadPlan, layout: SequenceLayout, scale: float
+) -> Tensor:
+    """Run every sequence on its own slice of the batch; queries of padding stay zero."""
+    batch, heads, queries, dim = q.shape
+    segments = layout.segments(batch, queries, k.shape[2], q.device)
+    modes = plan.modes.tolist()
+    selection = None
+    if any(HeadMode.SELECTED in row for row in modes):
+        assert plan.selector is not None
+        with torch.no_grad():
+            selection = plan.selector.select(
+                q, k, segments, block_size=plan.block_size, scale=scale
+            )
+    if layout.kind == "dense" and selection is None:
+        # Equal lengths: the sequences of the batch are just more heads.
+        flat = [mode for row in modes for mode in row]
+        out = _sequence(
+            q.unflatten(1, (k.shape[1], -1)).flatten(0, 1),
+            k.flatten(0, 1),
+            v.flatten(0, 1),
+            flat,
+            plan,
+            None,
+            scale,
+        )
+        return out.unflatten(0, (batch, -1)).flatten(1, 2)
+
+    out = torch.zeros_like(q)
+    for index, (row, q_start, q_length, k_start, k_length) in enumerate(
+        torch.stack(segments, 1).tolist()
+    ):
+        if q_length == 0:
+            continue
+        lists = None
+        if selection is not None:
+            lists = BlockLists(
+                selection.indices[index].unflatten(0, (k.shape[1], -1)),
+                selection.counts[index].unflatten(0, (k.shape[1], -1)),
+            )
+        part = _sequence(
+            q[row, :, q_start : q_start + q_length].unflatten(0, (k.shape[1], -1)),
+            k[row, :, k_start : k_start + k_length],
+            v[row, :, k_start : k_start + k_length],
+            modes[index],
+            plan,
+            lists,
+            scale,
+        )
+        out[row, :, q_start : q_start + q_length] = part.flatten(0, 1)
+    return out
+
+
+def _sequence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    modes: list[int],
+    plan: HeadPlan,
+    lists: BlockLists | None,
+    scale: float,
+) -> Tensor:
+    """Split the KV heads by mode, run each lane, merge: all heads have the same lengths.
+
+    Shapes: q ``[H, group, Tq, D]``; k, v ``[H, Tk, D]``; modes ``H`` entries; lists (only with
+    SELECTED heads) ``[H, group, row blocks, width]``.
+    """
+    groups = {mode: [h for h, m in enumerate(modes) if m == mode] for mode in HeadMode}
+    outputs, order = [], []
+    for mode, heads in groups.items():
+        if not heads:
+            continue
+        everything = len(heads) == len(modes)
+        index = torch.tensor(heads, device=q.device)
+        part = (q, k, v) if everything else (q[index], k[index], v[index])
+        if mode is HeadMode.SELECTED:
+            assert lists is not None
+            chosen = BlockLists(lists.indices[index], lists.counts[index])
+            output = _selected(*part, chosen, plan.block_size, scale)
+        elif mode is HeadMode.STREAMING:
+            output = _streaming(
+                *part, *plan.streaming.blocks(plan.block_size), plan.block_size, scale
+            )
+        else:
+            output = _full(*part, scale)
+        if everything:
+            return output
+        outputs.append(output)
+        order += heads
+    inverse = torch.tensor(order, device=q.device).argsort()
+    return torch.cat(outputs)[inverse]
+
+
+def _full(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Every key up to the query."""
+    queries, keys = q.shape[2], k.shape[1]
+    # SDPA's causal kernels hold no scores; for float64 on a GPU PyTorch has none of them.
+    if queries == keys and not (q.is_cuda and q.dtype == torch.float64):
+        return _sdpa(q, k, v, scale, is_causal=True)
+    tiles = []
+    for first, last in _tiles(queries, keys):
+        rows = torch.arange(first, last, device=q.device)[:, None]
+        visible = torch.arange(last, device=q.device) <= rows
+        tiles.append(_tile(q, k[:, :last], v[:, :last], visible, first, last, keys, scale))
+    return torch.cat(tiles, 2)
+
+
+def _streaming(
+    q: Tensor, k: Tensor, v: Tensor, sink: int, local: int, block: int, scale: float
+) -> Tensor:
+    """Key blocks ``{0..sink-1}`` and ``{i-local+1..i}`` for row block ``i``."""
+    tiles = []
+    # A tile reads its rows and the window before them: tall tiles would compute mostly masked
+    # scores where the window is small.
+    for first, last in _tiles(q.shape[2], k.shape[1], min(TILE, local * block)):
+        start = max(0, (first // block - local + 1) * block)
+        position = torch.arange(start, last, device=q.device)
+        near_k, near_v = k[:, start:last], v[:, start:last]
+        far = min(sink * block, start)
+        if far:
+            position = torch.cat([torch.arange(far, device=q.device), position])
+            near_k = torch.cat([k[:, :far], near_k], 1)
+            near_v = torch.cat([v[:, :far], near_v], 1)
+        rows = torch.arange(first, last, device=q.device)[:, None]
+        in_reach = (position // block < sink) | (position // block > rows // block - local)
+        visible = in_reach & (position <= rows)
+        tiles.append(_tile(q, near_k, near_v, visible, first, last, k.shape[1], scale))
+    return torch.cat(tiles, 2)
+
+
+def _selected(
+    q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, block: int, scale: float
+) -> Tensor:
+    """The listed key blocks; one row block at a time, as every head has its own list."""
+    keys = k.shape[1]
+    past = keys - q.shape[2]
+    mask = lists.to_mask(-(-keys // block))
+    tiles = []
+    for first, last in _tiles(q.shape[2], keys, block):
+        rows = torch.arange(first, last, device=q.device)[:, None]
+        position = torch.arange(last, device=q.device)
+        chosen = mask[:, :, first // block - past // block][..., position // block]
+        visible = chosen[:, :, None] & (position <= rows)
+        tiles.append(_tile(q, k[:, :last], v[:, :last], visible, first, last, keys, scale))
+    return torch.cat(tiles, 2)
+
+
+def _tiles(queries: int, keys: int, size: int = TILE) -> Iterator[tuple[int, int]]:
+    """Spans of positions ``[first, last)`` that cover the queries, cut at multiples of ``size``."""
+    first = keys - queries
+    while first < keys:
+        last = min((first // size + 1) * size, keys)
+        yield first, last
+        first = last
+
+
+def _tile(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor,
+    first: int,
+    last: int,
+    keys: int,
+    scale: float,
+) -> Tensor:
+    """The queries at positions ``[first, last)`` of a sequence of ``keys`` over the keys given."""
+    past = keys - q.shape[2]
+    return _sdpa(q[:, :, first - past : last - past], k, v, scale, attn_mask=visible)
+
+
+def _sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    """SDPA of q ``[H, group, T, D]`` over k, v ``[H, keys, D]``, which the group shares."""
+    shape = (-1, q.shape[1], -1, -1)  # a view: nothing is repeated in memory
+    return scaled_dot_product_attention(
+        q,
+        k[:, None].expand(shape),
+        v[:, None].expand(shape),
+        attn_mask=attn_mask,
+        is_causal=is_causal,
+        scale=scale,
+    )

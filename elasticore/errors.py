@@ -1,0 +1,21 @@
+"""The errors that elasticore raises, beside ``ValueError`` and ``TypeError`` for bad input."""
+
+from __future__ import annotations
+
+__all__ = ["ElasticoreError", "UnknownBackend", "UnsupportedModel", "UnsupportedRequest"]
+
+
+class ElasticoreError(Exception):
+    """Base of every error that is elasticore's own."""
+
+
+class UnsupportedRequest(ElasticoreError, RuntimeError):
+    """A correct call that this backend (or this machine) cannot do; the message gives the reason."""
+
+
+class UnknownBackend(ElasticoreError, ValueError):
+    """A backend name that is not registered; the message lists the ones that are."""
+
+
+class UnsupportedModel(ElasticoreError, ValueError):
+    """A model, or a part of one, that cannot be made elastic; the message names the family."""
