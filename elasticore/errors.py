@@ -10,7 +10,7 @@ class ElasticoreError(Exception):
 
 
 class UnsupportedRequest(ElasticoreError, RuntimeError):
-    """A correct call that this backend (or this machine) cannot do; the message gives the reason."""
+    """A correct call that a backend, or this machine, cannot do; the message says why."""
 
 
 class UnknownBackend(ElasticoreError, ValueError):

@@ -119,7 +119,8 @@ class SequenceLayout:
         if bool(holes.any()):
             raise ValueError(
                 "mask has padding between valid tokens in rows "
-                f"{holes.nonzero().flatten().tolist()}; pad each row on the left or on the right only, or pack the sequences."
+                f"{holes.nonzero().flatten().tolist()}; pad each row on the left "
+                "or on the right only, or pack the sequences."
             )
         return cls.padded(first, last, query_offset)
 

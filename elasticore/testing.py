@@ -317,7 +317,7 @@ def dense_attention(problem: Problem, dtype: torch.dtype = torch.float64) -> Ten
                 ]
             )
         else:
-            part = torch.stack([lane(plan.modes[index, h].item(), h) for h in heads])
+            part = torch.stack([lane(int(plan.modes[index, h]), h) for h in heads])
         out[row, :, q_start : q_start + q_length] = part.flatten(0, 1)
     return out
 

@@ -1,0 +1,82 @@
+"""The attention and mask functions that transformers calls under the name ``elasticore``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from elasticore.errors import ElasticoreError
+from elasticore.models.state import STATE, LayerState
+
+__all__ = ["IMPLEMENTATION", "ORIGINAL", "register"]
+
+IMPLEMENTATION = "elasticore"
+ORIGINAL = "_elasticore_original_implementation"
+"""Attribute of an elastic model's config: the implementation that its local layers keep."""
+
+
+def attention_function(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """One attention call for all heads of an elastic layer, in transformers' own signature."""
+    layer = getattr(module, STATE, None)
+    if not isinstance(layer, LayerState):
+        raise ElasticoreError(
+            f"attn_implementation={IMPLEMENTATION!r} is set by elasticore.elasticize(model), which "
+            "this model has not been through; load it with another implementation first."
+        )
+    if dropout:
+        raise ValueError(
+            f"attention_dropout must be 0 in an elastic model, got {dropout}; set "
+            "model.config.attention_dropout = 0.0 before elasticize (the backbone is frozen)."
+        )
+    out = layer.attend(query, key, value, attention_mask, scaling, kwargs)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def mask_function(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    attention_mask: Tensor | None = None,
+    config: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """The mask of an elastic model: the padding mask ``[B, positions seen]``, or None.
+
+    Nothing of size T×T is made, and nothing is read on the host. Layers that the model keeps inside
+    a window get the mask that their own implementation makes.
+    """
+    window = kwargs.get("local_size")
+    if window is not None and window < config.max_position_embeddings:
+        original = ALL_MASK_ATTENTION_FUNCTIONS[getattr(config, ORIGINAL)]
+        return original(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            attention_mask=attention_mask,
+            config=config,
+            **kwargs,
+        )
+    if kwargs.get("use_vmap"):
+        raise ValueError(
+            "attention_mask: this model adds a mask of its own (or_mask_function or "
+            "and_mask_function); elastic attention is causal, with padding and packing only."
+        )
+    return None if attention_mask is None else attention_mask[:, -kv_length:]
+
+
+def register() -> None:
+    """Make both functions known to transformers; harmless when called again."""
+    AttentionInterface.register(IMPLEMENTATION, attention_function)
+    AttentionMaskInterface.register(IMPLEMENTATION, mask_function)

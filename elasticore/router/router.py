@@ -1,0 +1,148 @@
+"""The Attention Router: which mode each KV head runs, decided from the layer's key states."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from elasticore.layout import Segments
+from elasticore.router.pooling import pool_boundary
+from elasticore.router.routing import Routing
+from elasticore.router.sampling import GumbelSoftmax, Sampler
+
+__all__ = ["AttentionRouter"]
+
+
+class AttentionRouter(nn.Module):
+    """Pools a layer's keys and sends every KV head to its retrieval or its sparse mode.
+
+    A *task MLP* (d → m·d → d) reads the pooled keys of a head, a *router MLP* (d → m·d → d → 2)
+    turns that into two logits, with SiLU between the linear layers. All heads of the layer share
+    both. At d = 128 and m = 4 they hold 263,682 parameters.
+
+    In training mode the decision is sampled at :attr:`temperature`; in evaluation mode it is the
+    argmax of the logits, without noise, and a tie is sparse.
+
+    Parameters
+    ----------
+    head_dim
+        d, the size of a key.
+    hidden_multiplier
+        m, the hidden size as a multiple of ``head_dim``.
+    boundary
+        Tokens pooled at each end of a sequence; None pools all. See :func:`pool_boundary`.
+    sampler
+        How training samples; :class:`GumbelSoftmax` by default.
+    device, dtype
+        Of the parameters.
+
+    Attributes
+    ----------
+    temperature
+        τ, a plain float that a trainer sets at every step. It is a function of the step and not
+        used in inference, so it is no part of the ``state_dict``.
+
+    Notes
+    -----
+    Sections 3.1 and 3.2, Eqs. 10 and 11. The MLPs run in their parameters' dtype under autocast
+    too: a decision is discrete, and rounding the logits to bfloat16 would flip close ones.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        hidden_multiplier: int = 4,
+        boundary: int | None = 100,
+        sampler: Sampler | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        sizes = {"head_dim": head_dim, "hidden_multiplier": hidden_multiplier}
+        if boundary is not None:
+            sizes["boundary"] = boundary
+        for name, value in sizes.items():
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int, got {value!r}.")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        self.head_dim = head_dim
+        self.hidden_multiplier = hidden_multiplier
+        self.boundary = boundary
+        self.sampler: Sampler = GumbelSoftmax() if sampler is None else sampler
+        self.temperature = 1.0
+
+        def linear(inputs: int, outputs: int) -> nn.Linear:
+            return nn.Linear(inputs, outputs, device=device, dtype=dtype)
+
+        hidden = hidden_multiplier * head_dim
+        self.task_mlp = nn.Sequential(linear(head_dim, hidden), nn.SiLU(), linear(hidden, head_dim))
+        self.router_mlp = nn.Sequential(
+            linear(head_dim, hidden),
+            nn.SiLU(),
+            linear(hidden, head_dim),
+            nn.SiLU(),
+            linear(head_dim, 2),
+        )
+
+    def forward(self, keys: Tensor, segments: Segments) -> Routing:
+        """Decide for every sequence and KV head.
+
+        Parameters
+        ----------
+        keys
+            Key states before rotary embedding, float ``[B, T, Hkv, head_dim]``, any strides.
+        segments
+            Where the sequences lie (:meth:`elasticore.SequenceLayout.segments`).
+
+        Returns
+        -------
+        Routing
+            With logits; with a gate in training mode only.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If keys are not float ``[B, T, Hkv, head_dim]`` on the segments' device.
+        """
+        if keys.ndim == 4 and keys.shape[3] != self.head_dim:
+            raise ValueError(
+                f"keys have head_dim {keys.shape[3]} but this router was made for {self.head_dim}."
+            )
+        logits = self.logits(pool_boundary(keys, segments, self.boundary))
+        if self.training:
+            gate = self.sampler(logits, self.temperature)
+            return Routing((gate.detach() > 0.5).to(torch.int8), logits, gate)
+        sparse = logits.detach()[..., 1] >= logits.detach()[..., 0]
+        return Routing(sparse.to(torch.int8), logits)
+
+    def task_representation(self, pooled: Tensor) -> Tensor:
+        """Output of the task MLP (what Figure 5 compares): float32 ``[..., head_dim]``.
+
+        Parameters
+        ----------
+        pooled
+            Pooled keys ``[..., head_dim]``, from :func:`pool_boundary`.
+        """
+        return _run(self.task_mlp, pooled)
+
+    def logits(self, pooled: Tensor) -> Tensor:
+        """Logits of pooled keys ``[..., head_dim]``: float32 ``[..., 2]`` (retrieval, sparse)."""
+        return _run(self.router_mlp, self.task_representation(pooled))
+
+    def extra_repr(self) -> str:
+        """The settings, for ``print``."""
+        return (
+            f"head_dim={self.head_dim}, hidden_multiplier={self.hidden_multiplier}, "
+            f"boundary={self.boundary}, sampler={self.sampler}"
+        )
+
+
+def _run(mlp: nn.Sequential, x: Tensor) -> Tensor:
+    first = mlp[0]
+    assert isinstance(first, nn.Linear)
+    if not torch.amp.is_autocast_available(x.device.type):
+        return mlp(x.to(first.weight.dtype)).float()
+    with torch.autocast(x.device.type, enabled=False):
+        return mlp(x.to(first.weight.dtype)).float()
