@@ -7,7 +7,7 @@ Everything public is importable from here; each name loads its module when it is
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 __version__ = "0.1.0"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 from contextvars import ContextVar, Token
@@ -98,12 +99,14 @@ def register_backend(
 
 @dataclass
 class _Selection:
-    """The handle of :func:`use_backend`: leaving it as a context manager restores the old choice."""
+    """The handle of :func:`use_backend`; leaving it as a context manager restores the choice."""
 
     name: str
     _token: Token[str] | None = field(default=None, repr=False)
 
     def __enter__(self) -> _Selection:
+        if self._token is None:  # used before: choose again
+            self._token = _default.set(self.name)
         return self
 
     def __exit__(
@@ -178,13 +181,13 @@ def resolve(name: str | None, request: AttentionRequest) -> HybridHeadAttention:
     if name != AUTO:
         _check_usable(name)
         backend = _instance(name)
-        require(backend.supports(request), name)
+        require(Verdict(*backend.supports(request)), name)
         return backend
     reasons = []
     for candidate in _names():
         verdict = _verdict(candidate)
         if verdict.ok:
-            verdict = _instance(candidate).supports(request)
+            verdict = Verdict(*_instance(candidate).supports(request))
             if verdict.ok:
                 return _instance(candidate)
         reasons.append(f"{candidate}: {verdict.reason}")
@@ -209,6 +212,7 @@ def _usable() -> str:
     return ", ".join([AUTO, *(name for name in _names() if _verdict(name).ok)])
 
 
+@functools.cache  # reading every installed package's metadata takes milliseconds
 def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
     return {entry.name: entry for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)}
 
@@ -233,7 +237,8 @@ def _class(name: str) -> type[HybridHeadAttention]:
 
 def _verdict(name: str) -> Verdict:
     try:
-        return _class(name).available()
+        # Whoever answers with a plain (ok, reason) is understood too.
+        return Verdict(*_class(name).available())
     except (
         Exception
     ) as error:  # somebody else's package may fail in any way; it must not break ours

@@ -11,11 +11,13 @@ once: that, and one launch per lane, is the cost that a fused backend removes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 from elasticore.attention import (
     AttentionRequest,
@@ -33,6 +35,8 @@ __all__ = ["SerialAttention"]
 TILE = 512
 """Query rows of one tile, a multiple of every block size."""
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 
 class SerialAttention(HybridHeadAttention):
     """The oracle: plain PyTorch on any device, dtype and layout, with all gradients."""
@@ -45,7 +49,13 @@ class SerialAttention(HybridHeadAttention):
         return Verdict(True)
 
     def supports(self, request: AttentionRequest) -> Verdict:
-        """Every request that passes the checks of :func:`hybrid_head_attention`."""
+        """Every request in a dtype that SDPA computes in, on a device whose values can be read."""
+        if request.dtype not in DTYPES:
+            return Verdict(
+                False, f"dtype {request.dtype} is none of {', '.join(map(str, DTYPES))}."
+            )
+        if request.device.type == "meta":
+            return Verdict(False, "tensors on the meta device have no values to read.")
         return Verdict(True)
 
     def attend(
@@ -72,7 +82,7 @@ def _dispatch(
     q: Tensor, k: Tensor, v: Tensor, plan: HeadPlan, layout: SequenceLayout, scale: float
 ) -> Tensor:
     """Run every sequence on its own slice of the batch; queries of padding stay zero."""
-    batch, heads, queries, dim = q.shape
+    batch, _, queries, _ = q.shape
     segments = layout.segments(batch, queries, k.shape[2], q.device)
     modes = plan.modes.tolist()
     selection = None
@@ -167,11 +177,15 @@ def _full(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     # SDPA's causal kernels hold no scores; for float64 on a GPU PyTorch has none of them.
     if queries == keys and not (q.is_cuda and q.dtype == torch.float64):
         return _sdpa(q, k, v, scale, is_causal=True)
-    tiles = []
-    for first, last in _tiles(queries, keys):
+
+    def visible(first: int, last: int) -> Tensor:
         rows = torch.arange(first, last, device=q.device)[:, None]
-        visible = torch.arange(last, device=q.device) <= rows
-        tiles.append(_tile(q, k[:, :last], v[:, :last], visible, first, last, keys, scale))
+        return torch.arange(last, device=q.device) <= rows
+
+    tiles = [
+        _remasked(partial(visible, first, last), tile, k[:, :last], v[:, :last], scale)
+        for first, last, tile in _tiles(q, keys)
+    ]
     return torch.cat(tiles, 2)
 
 
@@ -182,7 +196,7 @@ def _streaming(
     tiles = []
     # A tile reads its rows and the window before them: tall tiles would compute mostly masked
     # scores where the window is small.
-    for first, last in _tiles(q.shape[2], k.shape[1], min(TILE, local * block)):
+    for first, last, tile in _tiles(q, k.shape[1], min(TILE, local * block)):
         start = max(0, (first // block - local + 1) * block)
         position = torch.arange(start, last, device=q.device)
         near_k, near_v = k[:, start:last], v[:, start:last]
@@ -194,7 +208,7 @@ def _streaming(
         rows = torch.arange(first, last, device=q.device)[:, None]
         in_reach = (position // block < sink) | (position // block > rows // block - local)
         visible = in_reach & (position <= rows)
-        tiles.append(_tile(q, near_k, near_v, visible, first, last, k.shape[1], scale))
+        tiles.append(_sdpa(tile, near_k, near_v, scale, attn_mask=visible))
     return torch.cat(tiles, 2)
 
 
@@ -205,38 +219,44 @@ def _selected(
     keys = k.shape[1]
     past = keys - q.shape[2]
     mask = lists.to_mask(-(-keys // block))
-    tiles = []
-    for first, last in _tiles(q.shape[2], keys, block):
+
+    def visible(first: int, last: int) -> Tensor:
         rows = torch.arange(first, last, device=q.device)[:, None]
         position = torch.arange(last, device=q.device)
         chosen = mask[:, :, first // block - past // block][..., position // block]
-        visible = chosen[:, :, None] & (position <= rows)
-        tiles.append(_tile(q, k[:, :last], v[:, :last], visible, first, last, keys, scale))
+        return chosen[:, :, None] & (position <= rows)
+
+    tiles = [
+        _remasked(partial(visible, first, last), tile, k[:, :last], v[:, :last], scale)
+        for first, last, tile in _tiles(q, keys, block)
+    ]
     return torch.cat(tiles, 2)
 
 
-def _tiles(queries: int, keys: int, size: int = TILE) -> Iterator[tuple[int, int]]:
-    """Spans of positions ``[first, last)`` that cover the queries, cut at multiples of ``size``."""
-    first = keys - queries
+def _tiles(q: Tensor, keys: int, size: int = TILE) -> Iterator[tuple[int, int, Tensor]]:
+    """Spans of positions ``[first, last)`` cut at multiples of ``size``, and their queries of q."""
+    past = keys - q.shape[2]
+    first = past
     while first < keys:
         last = min((first // size + 1) * size, keys)
-        yield first, last
+        yield first, last, q[:, :, first - past : last - past]
         first = last
 
 
-def _tile(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    visible: Tensor,
-    first: int,
-    last: int,
-    keys: int,
-    scale: float,
+def _remasked(
+    visible: Callable[[], Tensor], q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> Tensor:
-    """The queries at positions ``[first, last)`` of a sequence of ``keys`` over the keys given."""
-    past = keys - q.shape[2]
-    return _sdpa(q[:, :, first - past : last - past], k, v, scale, attn_mask=visible)
+    """SDPA under the mask ``visible()``, which the backward makes again with the scores.
+
+    Kept for the backward, the masks of all tiles together would be as large as Tq × Tk.
+    """
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _sdpa(q, k, v, scale, attn_mask=visible())
+
+    if not torch.is_grad_enabled():
+        return run(q, k, v)
+    return checkpoint(run, q, k, v, use_reentrant=False, preserve_rng_state=False)
 
 
 def _sdpa(

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from elasticore.train.objective import LagrangianObjective, SparsityPenalty
+from typing import Any
 
 _MODULE_OF = {
+    "Collator": "elasticore.train.data",
+    "JsonLines": "elasticore.train.data",
     "LagrangianObjective": "elasticore.train.objective",
+    "OfflineTasks": "elasticore.train.data",
+    "Recipe": "elasticore.train.recipe",
+    "RouterTrainer": "elasticore.train.trainer",
     "SparsityPenalty": "elasticore.train.objective",
+    "TrainingSample": "elasticore.train.data",
+    "train": "elasticore.train.recipe",
 }
 
-__all__ = ["LagrangianObjective", "SparsityPenalty"]
+__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,246 @@
+"""Training samples and the batches made of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+__all__ = ["Collator", "JsonLines", "OfflineTasks", "TrainingSample"]
+
+IGNORED = -100
+"""Label of a token that is not to be predicted, as everywhere in PyTorch."""
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingSample:
+    """One sequence.
+
+    Attributes
+    ----------
+    input_ids, labels
+        int64 ``[tokens]``; a label is the token itself, or -100 where nothing is to be learnt.
+    task
+        Name of its task, one of the objective's targets.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    task: str
+
+
+class OfflineTasks(Dataset[TrainingSample]):
+    """Samples of :mod:`elasticore.eval.tasks`, made from the interpreter's own text.
+
+    Parameters
+    ----------
+    tokenizer
+        The model's tokenizer.
+    tasks
+        Weight of each task; they alternate in proportion.
+    length
+        Tokens of every sample.
+    samples
+        How many there are; sample ``i`` is the same in every run.
+    seed
+        Of the whole set. Training and held-out samples share no seed, key, value or document.
+    split
+        ``"train"`` or ``"heldout"``.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        tasks: Mapping[str, float],
+        length: int,
+        samples: int,
+        seed: int = 0,
+        split: Literal["train", "heldout"] = "train",
+    ) -> None:
+        from elasticore.eval.tasks import TASKS
+
+        unknown = sorted(set(tasks) - set(TASKS))
+        if unknown or not tasks:
+            raise ValueError(
+                f"tasks must name some of {', '.join(TASKS)}, got {unknown or 'none'}."
+            )
+        if min(tasks.values()) <= 0:
+            raise ValueError(f"tasks must have positive weights, got {dict(tasks)}.")
+        for name, value in (("length", length), ("samples", samples)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an int of at least 1, got {value!r}.")
+        self.tokenizer = tokenizer
+        self.length, self.samples, self.seed, self.split = length, samples, seed, split
+        self._tasks = list(tasks)
+        total = sum(tasks.values())
+        self._edges = np.cumsum([tasks[task] / total for task in self._tasks])
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, index: int) -> TrainingSample:
+        from elasticore.eval.tasks import make_sample
+
+        if not 0 <= index < self.samples:
+            raise IndexError(index)
+        # A golden-ratio walk over [0, 1): every stretch of samples holds the tasks in proportion.
+        point = (index * 0.6180339887498949) % 1.0
+        task = self._tasks[
+            min(int(np.searchsorted(self._edges, point, "right")), len(self._tasks) - 1)
+        ]
+        sample = make_sample(
+            task, self.tokenizer, self.length, self.seed * 1_000_003 + index, self.split
+        )
+        ids = torch.as_tensor(np.asarray(sample.input_ids), dtype=torch.int64)
+        labels = torch.full_like(ids, IGNORED)
+        labels[sample.start : sample.stop] = ids[sample.start : sample.stop]
+        return TrainingSample(ids, labels, task)
+
+
+class JsonLines(Dataset[TrainingSample]):
+    """Samples from a file with one JSON object a line.
+
+    A line holds ``task`` and either ``input_ids`` and ``labels``, or ``prompt`` and ``answer``,
+    which are tokenized as they are; only the answer, and the end of text, is learnt.
+
+    Parameters
+    ----------
+    path
+        The file.
+    tokenizer
+        The model's tokenizer.
+    max_length
+        Longer samples are an error: a cut prompt has lost what its answer needs.
+    """
+
+    def __init__(self, path: str | Path, tokenizer: Any, max_length: int) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"path {self.path} is no file.")
+        self.rows = []
+        with self.path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    self.rows.append(self._row(number, line, tokenizer, max_length))
+        if not self.rows:
+            raise ValueError(f"path {self.path} holds no sample.")
+
+    def _row(self, number: int, line: str, tokenizer: Any, max_length: int) -> TrainingSample:
+        where = f"{self.path}, line {number}"
+        try:
+            row = json.loads(line)
+            task = row["task"]
+            if "input_ids" in row:
+                ids, labels = list(row["input_ids"]), list(row["labels"])
+            else:
+                prompt = tokenizer(row["prompt"])["input_ids"]
+                answer = tokenizer(row["answer"], add_special_tokens=False)["input_ids"]
+                answer = [*answer, tokenizer.eos_token_id]
+                ids, labels = prompt + answer, [IGNORED] * len(prompt) + answer
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{where}: expected a JSON object with task and either input_ids and labels, or "
+                f"prompt and answer; got {error!r}."
+            ) from error
+        if len(ids) != len(labels):
+            raise ValueError(f"{where}: {len(ids)} input_ids but {len(labels)} labels.")
+        if not 2 <= len(ids) <= max_length:
+            raise ValueError(f"{where}: {len(ids)} tokens; accepted are 2 to {max_length}.")
+        return TrainingSample(torch.tensor(ids), torch.tensor(labels), str(task))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> TrainingSample:
+        return self.rows[index]
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Makes a batch of samples: dense if they are equally long, else packed or padded.
+
+    Parameters
+    ----------
+    tasks
+        Task names in the objective's order.
+    pad_token_id
+        What fills shorter rows.
+    packed
+        Whether samples are laid one after the other in one row instead of padded.
+    reduction
+        What the language modelling loss averages over: all learnt ``"tokens"`` of the batch, or
+        first each sample's tokens and then the ``"samples"``, so that short answers weigh as much
+        as long ones.
+    """
+
+    tasks: tuple[str, ...]
+    pad_token_id: int = 0
+    packed: bool = False
+    reduction: Literal["tokens", "samples"] = "tokens"
+
+    def __call__(self, samples: Sequence[TrainingSample]) -> dict[str, Any]:
+        """The model's inputs, and ``task_ids``, ``labels`` and ``loss_weights`` beside them."""
+        unknown = sorted({sample.task for sample in samples} - set(self.tasks))
+        if unknown:
+            raise ValueError(
+                f"samples hold the tasks {unknown}, which have no target; targets name "
+                f"{list(self.tasks)}."
+            )
+        labels, weights = [], []
+        for sample in samples:
+            label = sample.labels.clone()
+            label[0] = IGNORED  # nothing comes before the first token that could predict it
+            labels.append(label)
+            weights.append((label != IGNORED).float())
+        if self.reduction == "samples":
+            weights = [w / w.sum().clamp(min=1) / len(samples) for w in weights]
+        else:
+            total = sum(float(w.sum()) for w in weights)
+            weights = [w / max(total, 1.0) for w in weights]
+        ids = [sample.input_ids for sample in samples]
+        batch: dict[str, Any] = {
+            "task_ids": torch.tensor([self.tasks.index(sample.task) for sample in samples])
+        }
+        if self.packed:
+            batch |= self._pack(ids)
+            batch["labels"] = torch.cat(labels)[None]
+            batch["loss_weights"] = torch.cat(weights)[None]
+        else:
+            batch |= self._pad(ids)
+            batch["labels"] = _stack(labels, IGNORED)
+            batch["loss_weights"] = _stack(weights, 0)
+        # Logits are needed from one token before the first that is learnt.
+        learnt = batch["loss_weights"].sum(0).nonzero()
+        first = int(learnt[0]) if len(learnt) else batch["labels"].shape[1] - 1
+        batch["logits_to_keep"] = batch["labels"].shape[1] - first + 1
+        return batch
+
+    def _pack(self, ids: list[Tensor]) -> dict[str, Any]:
+        lengths = [len(one) for one in ids]
+        cumulative = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        return {
+            "input_ids": torch.cat(ids)[None],
+            "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
+            "cu_seq_lens_q": cumulative,
+            "cu_seq_lens_k": cumulative,
+            "max_length_q": max(lengths),
+            "max_length_k": max(lengths),
+        }
+
+    def _pad(self, ids: list[Tensor]) -> dict[str, Any]:
+        batch = {"input_ids": _stack(ids, self.pad_token_id)}
+        if len({len(one) for one in ids}) > 1:
+            batch["attention_mask"] = _stack([torch.ones_like(one) for one in ids], 0)
+        return batch
+
+
+def _stack(rows: list[Tensor], fill: float) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)

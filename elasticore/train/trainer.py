@@ -1,0 +1,246 @@
+"""Trains the routers of an elastic model on the Hugging Face Trainer; the backbone is frozen."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+from elasticore.models.elastic import is_elastic, routers, routings
+from elasticore.models.files import WEIGHTS, save_router
+from elasticore.router import AttentionRouter, CosineTemperature
+from elasticore.router.routing import model_msr
+from elasticore.train.data import Collator, TrainingSample
+from elasticore.train.objective import LagrangianObjective
+
+__all__ = ["RouterTrainer"]
+
+OBJECTIVE = "objective.json"
+MULTIPLIERS = "multipliers.safetensors"
+
+
+class RouterTrainer(Trainer):
+    """A :class:`transformers.Trainer` whose only parameters are the routers and the multipliers.
+
+    Checkpoints hold the routers (:func:`save_router`), the multipliers and the Trainer's own
+    optimizer, schedule and random states; never the backbone. Beside the usual figures it logs,
+    averaged since the last time: ``lm_loss``, ``penalty``, ``temperature``, and per task ``msr/``,
+    ``lambda1/`` and ``lambda2/``.
+
+    Parameters
+    ----------
+    model
+        An elastic model with :class:`AttentionRouter` routers. Its backbone is frozen here.
+    args
+        The Trainer's arguments. ``learning_rate`` and ``weight_decay`` are the routers'.
+    objective
+        Targets and multipliers.
+    train_dataset, eval_dataset
+        Datasets of :class:`TrainingSample`.
+    collator
+        Makes the batches; by default dense or padded ones with a token-mean loss.
+    temperature
+        ``(step, max_steps) -> τ`` of the routers' sampling.
+    multiplier_lr
+        Learning rate of the multipliers, which ascend.
+    callbacks
+        Further Trainer callbacks.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the model is not elastic, runs a static policy, or the multipliers are not finite.
+    FloatingPointError
+        In training, if a loss is not finite; the message names the step.
+    """
+
+    objective: LagrangianObjective
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        objective: LagrangianObjective,
+        *,
+        train_dataset: Dataset[TrainingSample],
+        eval_dataset: Dataset[TrainingSample] | None = None,
+        collator: Collator | None = None,
+        temperature: Callable[[int, int], float] | None = None,
+        multiplier_lr: float = 1e-3,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        if not isinstance(model, PreTrainedModel) or not is_elastic(model):
+            raise ValueError("model is not elastic; call elasticore.elasticize(model, ...) first.")
+        if not isinstance(objective, LagrangianObjective):
+            raise TypeError(f"objective must be a LagrangianObjective, got {objective!r}.")
+        for router in routers(model):
+            if not isinstance(router, AttentionRouter):
+                raise ValueError(
+                    f"model runs the policy {type(router).__name__}, which has nothing to train; "
+                    "elasticize it with an ElasticConfig."
+                )
+        if not multiplier_lr > 0 or not math.isfinite(multiplier_lr):
+            raise ValueError(f"multiplier_lr must be positive and finite, got {multiplier_lr}.")
+        objective.check()
+        model.requires_grad_(False)
+        for router in routers(model):
+            router.requires_grad_(True)
+        # Our columns are not arguments of the model's forward, so the Trainer must not drop them.
+        args.remove_unused_columns = False
+        self.objective = objective.to(args.device)
+        self.temperature = CosineTemperature() if temperature is None else temperature
+        self.multiplier_lr = multiplier_lr
+        self._sums: dict[str, Tensor] = {}
+        super().__init__(
+            model,
+            args,
+            data_collator=collator or Collator(objective.tasks),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=[_EveryStep(self), *callbacks],
+        )
+        # The loss of a micro-batch is a mean already: the Trainer averages over accumulation.
+        self.model_accepts_loss_kwargs = False
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW: the routers descend, the multipliers ascend."""
+        if self.optimizer is None:
+            args = self.args
+            trained = [p for p in self._elastic().parameters() if p.requires_grad]
+            self.optimizer = torch.optim.AdamW(
+                [
+                    {
+                        "params": trained,
+                        "lr": args.learning_rate,
+                        "weight_decay": args.weight_decay,
+                    },
+                    *self.objective.parameter_groups(self.multiplier_lr, args.weight_decay),
+                ],
+                betas=(args.adam_beta1, args.adam_beta2),
+                eps=args.adam_epsilon,
+            )
+        return self.optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Language modelling loss plus the Lagrangian penalty (Eq. 8)."""
+        inputs = dict(inputs)
+        task_ids, labels = inputs.pop("task_ids"), inputs.pop("labels")
+        weights = inputs.pop("loss_weights")
+        outputs = model(**inputs, use_cache=False)
+        lm_loss = _weighted_cross_entropy(outputs.logits, labels, weights)
+        msr = model_msr(routings(self.accelerator.unwrap_model(model)))
+        penalty, task_msr, count = self.objective(msr, task_ids)
+        loss = lm_loss + penalty
+        if not bool(torch.isfinite(loss)):
+            raise FloatingPointError(
+                f"the loss is not finite at step {self.state.global_step}: language modelling "
+                f"{float(lm_loss):g}, penalty {float(penalty):g}. Lower the learning rates, or "
+                "look for bad samples; the last checkpoint is intact."
+            )
+        if model.training:
+            self._add("lm_loss", lm_loss, 1)
+            self._add("penalty", penalty, 1)
+            self._add("msr", task_msr.nan_to_num() * count, count)
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add our own figures to what the Trainer logs during training."""
+        if "loss" in logs and self._sums:
+            means = {name: total[0] / total[1] for name, total in self._sums.items()}
+            self._sums = {}
+            logs = {**logs, **{name: float(means[name]) for name in ("lm_loss", "penalty")}}
+            logs["temperature"] = next(iter(routers(self._elastic()))).temperature  # type: ignore[assignment]
+            for index, task in enumerate(self.objective.tasks):
+                task_msr = float(means["msr"][index])  # 0 / 0 if the task was absent
+                if not math.isnan(task_msr):
+                    logs[f"msr/{task}"] = task_msr
+                logs[f"lambda1/{task}"] = float(self.objective.lambda1[index])
+                logs[f"lambda2/{task}"] = float(self.objective.lambda2[index])
+        super().log(logs, start_time)
+
+    def _add(self, name: str, value: Tensor, weight: Tensor | int) -> None:
+        value = value.detach().float()
+        pair = torch.stack([value, torch.as_tensor(weight, device=value.device).expand_as(value)])
+        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+
+    def _elastic(self) -> PreTrainedModel:
+        return self.accelerator.unwrap_model(self.model)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        from safetensors.torch import save_file
+
+        folder = Path(output_dir or self.args.output_dir or ".")
+        self.objective.check()
+        save_router(self._elastic(), folder)
+        tensors = {n: p.detach().cpu() for n, p in self.objective.named_parameters()}
+        save_file(tensors, folder / MULTIPLIERS)
+        text = json.dumps(self.objective.config(), indent=2) + "\n"
+        (folder / OBJECTIVE).write_text(text, encoding="utf-8")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        from safetensors.torch import load_file
+
+        folder = Path(resume_from_checkpoint)
+        saved = json.loads((folder / OBJECTIVE).read_text(encoding="utf-8"))
+        own = json.loads(json.dumps(self.objective.config()))
+        if saved != own:
+            changed = sorted(key for key in own if saved.get(key) != own[key])
+            raise ValueError(
+                f"resume_from_checkpoint {folder} was trained with another objective (differs in "
+                f"{', '.join(changed)}); resume with the same settings or start a new run."
+            )
+        _load_weights(self._elastic(), folder)
+        self.objective.load_state_dict(load_file(folder / MULTIPLIERS), strict=True)
+
+    def _load_best_model(self) -> None:
+        if self.state.best_model_checkpoint is not None:
+            _load_weights(self._elastic(), Path(self.state.best_model_checkpoint))
+
+
+class _EveryStep(TrainerCallback):
+    """Before each step: clear the multipliers' gradients, check them, set the temperature."""
+
+    def __init__(self, trainer: RouterTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.objective.zero_grad()  # the Trainer clears those of the model only
+        self.trainer.objective.check()
+        temperature = self.trainer.temperature(state.global_step, state.max_steps)
+        for router in routers(self.trainer._elastic()):
+            router.temperature = temperature  # type: ignore[assignment]
+
+
+def _load_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Copy saved routers into the model's own, which the optimizer already holds."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / WEIGHTS)
+    for index, router in enumerate(routers(model)):
+        prefix = f"layers.{index}."
+        router.load_state_dict(
+            {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        )
+
+
+def _weighted_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """Σ weight · cross-entropy of the next token; ``logits`` cover the last positions only."""
+    kept = logits.shape[1]
+    targets, weights = labels[:, -kept:][:, 1:], weights[:, -kept:][:, 1:]
+    losses = nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="none", ignore_index=-100
+    )
+    return (losses * weights.flatten()).sum()
