@@ -20,7 +20,6 @@ _EXPORTS = {
         "straight_through",
     ),
     "elasticore.backends.registry": (
-        "backends",
         "current_backend",
         "register_backend",
         "use_backend",
@@ -58,10 +57,12 @@ _EXPORTS = {
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 
-__all__ = ["__version__", *_MODULE_OF]
+__all__ = ["__version__", "backends", *_MODULE_OF]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "backends":  # the room of the engines, which is callable
+        return importlib.import_module("elasticore.backends")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'elasticore' has no attribute {name!r}")
     value = getattr(importlib.import_module(_MODULE_OF[name]), name)

@@ -1,0 +1,300 @@
+"""The ``elasticore`` command."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Elastic attention: each KV head chooses full or sparse attention per input.",
+)
+out, err = Console(), Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output instead.")]
+Backend = Annotated[
+    str, typer.Option(help="What runs the attention; see `elasticore doctor`.", metavar="NAME")
+]
+_PACKAGES = ("torch", "transformers", "triton", "flashinfer-python", "accelerate", "matplotlib")
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Bad input ends in one line and exit code 2, not in a traceback."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+        if "--traceback" in sys.argv:
+            raise
+        err.print(f"[bold red]error:[/] {escape(str(error))}")
+        raise typer.Exit(2) from error
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    traceback: Annotated[bool, typer.Option(help="Show where an error came from.")] = False,
+) -> None:
+    """Run before every command."""
+    if version:
+        from elasticore import __version__
+
+        out.print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Show versions, devices and backends, and why a backend is not available.
+
+    Example: [bold]elasticore doctor[/]
+    """
+    import torch
+
+    from elasticore import __version__
+    from elasticore.backends.registry import backends
+
+    versions: dict[str, str | None] = {
+        "elasticore": __version__,
+        "python": platform.python_version(),
+    }
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    devices = [f"cpu ({torch.get_num_threads()} threads)"]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        devices.append(
+            f"cuda:{index} {properties.name}, {properties.total_memory / 2**30:.0f} GiB, "
+            f"sm_{properties.major}{properties.minor}"
+        )
+    table = backends()
+    if as_json:
+        report = {
+            "versions": versions,
+            "devices": devices,
+            "backends": [backend._asdict() for backend in table],
+        }
+        print(json.dumps(report, indent=2))
+        return
+    lines = Table("package", "version", title="Versions", title_justify="left")
+    for package, found in versions.items():
+        lines.add_row(package, found or "[dim]not installed[/]")
+    out.print(lines)
+    out.print("[bold]Devices[/]", *devices, sep="\n  ")
+    shown = Table("backend", "available", "lanes", "devices", "reason", title="Backends")
+    shown.title_justify = "left"
+    for backend in table:
+        available = "[green]yes[/]" if backend.available else "[red]no[/]"
+        shown.add_row(
+            backend.name,
+            available,
+            " ".join(backend.lanes),
+            " ".join(backend.devices),
+            escape(backend.reason),
+        )
+    out.print(shown)
+
+
+@app.command()
+def demo(
+    backend: Backend = "auto",
+    length: Annotated[int, typer.Option(help="Tokens of each prompt with its answer.")] = 4096,
+    seed: Annotated[int, typer.Option(help="Of the prompts; all are held out.")] = 0,
+    picture: Annotated[Path, typer.Option(help="Where the routing picture goes.")] = Path(
+        "outputs/routing.png"
+    ),
+    router: Annotated[str | None, typer.Option(help="Directory of other routers.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Answer long prompts with the tiny model in the package, elastic beside full attention.
+
+    Two prompts hide what they ask for far back in the text, two continue real code.
+
+    Example: [bold]elasticore demo --picture routing.png[/]
+    """
+    with _plain_errors():
+        from elasticore.backends.registry import use_backend
+        from elasticore.demo import run_demo
+        from elasticore.eval.plots import routing_picture
+
+        prompts = [("multikey", seed), ("tracking", seed), ("code", seed), ("code", seed + 1)]
+        with use_backend(backend), err.status("loading the tiny model") as status:
+            answers = run_demo(
+                prompts=prompts,
+                length=length,
+                router=router,
+                step=lambda text: status.update(f"answering {text}"),
+            )
+        frequency: dict[str, Any] = {}
+        for task in dict.fromkeys(answer.task for answer in answers):
+            tables = [answer.decisions.double() for answer in answers if answer.task == task]
+            frequency[task] = sum(tables) / len(tables)
+        routing_picture(frequency, picture, title="Which heads read sparsely, per task")
+    if as_json:
+        rows = [{**dataclasses.asdict(a), "decisions": a.decisions.tolist()} for a in answers]
+        print(json.dumps({"answers": rows, "picture": str(picture)}, indent=2))
+        return
+    shown = Table(
+        "task",
+        "answer",
+        "right",
+        "full attention",
+        "Ω_MSR",
+        "Ω_ESR",
+        "prefill",
+        title=f"Tiny model, prompts of about {length:,} tokens, backend {answers[0].backend}",
+        show_lines=True,
+    )
+    for answer in answers:
+        shown.add_row(
+            answer.task,
+            _clip(answer.text),
+            _verdict(answer, 0),
+            f"{_clip(answer.full_text)}\n{_verdict(answer, 1)}",
+            f"{answer.msr:.2f}",
+            f"{answer.esr:.2f}",
+            f"{answer.prefill_seconds:.2f} s\n[dim]full {answer.full_prefill_seconds:.2f} s[/]",
+        )
+    out.print(shown)
+    out.print(
+        "[dim]Ω_MSR: share of sparse heads. Ω_ESR: share of query-key pairs left out. Code: share "
+        "of the next tokens that are the model's first choice.[/]"
+    )
+    out.print(f"Routing picture: [bold]{picture}[/]")
+
+
+def _verdict(answer: Any, which: int) -> str:
+    if not answer.sensitive:
+        return f"{answer.accuracy[which]:.0%} of tokens"
+    return "[green]yes[/]" if answer.correct[which] else f"[red]no[/] ({_clip(answer.expected)})"
+
+
+def _clip(text: str, width: int = 40) -> str:
+    text = " ".join(text.split())
+    return escape(text if len(text) <= width else text[: width - 1] + "…")
+
+
+@app.command()
+def run(
+    model: Annotated[str, typer.Option(help='Directory or hub id of the backbone, or "tiny".')],
+    prompt_file: Annotated[Path, typer.Option(help="UTF-8 text to answer; - for standard input.")],
+    router: Annotated[str | None, typer.Option(help="Directory or hub id of its routers.")] = None,
+    backend: Backend = "auto",
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    check_base: Annotated[
+        bool, typer.Option(help="Insist on the weights the routers were trained on.")
+    ] = True,
+    chat: Annotated[bool, typer.Option(help="Wrap the prompt in the chat template.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Answer one prompt and show how it was routed.
+
+    Example: [bold]elasticore run --model Qwen/Qwen3-4B --router ./routers --prompt-file long.txt[/]
+    """
+    with _plain_errors():
+        import torch
+
+        from elasticore.backends.registry import use_backend
+        from elasticore.models.files import load_router
+        from elasticore.models.loading import TINY, load_backbone
+        from elasticore.models.recording import record
+
+        text = sys.stdin.read() if str(prompt_file) == "-" else prompt_file.read_text("utf-8")
+        if not text.strip():
+            raise ValueError(f"prompt-file {prompt_file} is empty.")
+        with use_backend(backend), err.status(f"loading {model}"):
+            backbone, tokenizer = load_backbone(model, dtype)
+            if router is None and model == TINY:
+                from elasticore.assets import tiny
+
+                router = str(tiny() / "router")
+            if router is None:
+                raise ValueError("router is missing: pass --router with the trained routers.")
+            load_router(backbone, router, check_base=check_base)
+        if chat:
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+            )
+        inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+        inputs = inputs.to(backbone.device)
+        length, longest = inputs["input_ids"].shape[1], backbone.config.max_position_embeddings
+        if length + max_new_tokens > longest:
+            raise ValueError(
+                f"prompt-file has {length} tokens, and with max_new_tokens={max_new_tokens} that "
+                f"exceeds the {longest} positions of {model}; shorten one of them."
+            )
+        with (
+            use_backend(backend),
+            err.status(f"reading {length:,} tokens"),
+            record() as trace,
+            torch.no_grad(),
+        ):
+            output = backbone.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        answer = tokenizer.decode(output[0, length:].tolist(), skip_special_tokens=True)
+    one = trace.prefill
+    figures = {
+        "prompt_tokens": length,
+        "new_tokens": output.shape[1] - length,
+        "backend": one.backend,
+        "msr": float(one.msr[0]),
+        "esr": float(one.esr[0]),
+        "esr_last_query": float(one.esr_last_query[0]),
+        "prefill_seconds": one.seconds,
+    }
+    if as_json:
+        report = {"answer": answer, **figures, "decisions": one.decisions[:, 0].tolist()}
+        print(json.dumps(report, indent=2))
+        return
+    out.print(escape(answer))
+    err.print(
+        f"[dim]{length:,} tokens · backend {one.backend} · Ω_MSR {figures['msr']:.2f} · Ω_ESR "
+        f"{figures['esr']:.2f} · prefill {one.seconds:.2f} s[/]"
+    )
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Option(help="YAML recipe; see docs, Training.")],
+    output: Annotated[Path, typer.Option(help="Directory for checkpoints and routers.")] = Path(
+        "runs/routers"
+    ),
+    resume: Annotated[Path | None, typer.Option(help="Checkpoint to go on from.")] = None,
+    backend: Annotated[str | None, typer.Option(help="Instead of the recipe's.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Instead of the recipe's.", min=1)] = None,
+    seed: Annotated[int | None, typer.Option(help="Instead of the recipe's.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train the routers of a frozen backbone.
+
+    Example: [bold]elasticore train --config recipes/tiny/routers.yaml --output runs/tiny[/]
+    """
+    with _plain_errors():
+        from elasticore.train.recipe import Recipe
+        from elasticore.train.recipe import train as run_recipe
+
+        recipe = Recipe.load(config, backend=backend, max_steps=max_steps, seed=seed)
+        path = run_recipe(recipe, output, resume=resume)
+    if as_json:
+        history = json.loads((output / "history.json").read_text("utf-8"))
+        print(json.dumps({"router": str(path), "final": history[-1] if history else None}))
+        return
+    out.print(f"Routers: [bold]{path}[/]   TensorBoard: tensorboard --logdir {output}")

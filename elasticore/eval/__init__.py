@@ -1,0 +1,1 @@
+"""Evaluation: offline tasks, scores with the sparsity beside them, pictures."""

@@ -1,0 +1,77 @@
+"""Pictures of what routers decide."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+__all__ = ["routing_picture"]
+
+
+def routing_picture(
+    frequency: Mapping[str, Tensor], path: str | Path, *, title: str = "", layer_offset: int = 0
+) -> Path:
+    """Draw how often each head is sparse: layers × heads, one panel per task (as in Figure 6).
+
+    Parameters
+    ----------
+    frequency
+        Per task, ``[layers, kv_heads]`` from 0 (always retrieval, red) to 1 (always sparse, blue).
+    path
+        Where the picture goes; its suffix is the format.
+    title
+        Text above the panels.
+    layer_offset
+        Index of the first layer shown.
+
+    Raises
+    ------
+    ValueError
+        If there is no task.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import LinearSegmentedColormap
+
+    if not frequency:
+        raise ValueError("frequency must hold at least one task.")
+    colours = LinearSegmentedColormap.from_list("routing", ["#c0392b", "#f4f1ee", "#2e6da4"])
+    figure, axes = plt.subplots(
+        1,
+        len(frequency),
+        figsize=(1.2 + 1.9 * len(frequency), 3.6),
+        squeeze=False,
+        sharey=True,
+        layout="constrained",
+    )
+    for axis, (task, values) in zip(axes[0], frequency.items(), strict=True):
+        table = np.asarray(values.double().cpu())
+        image = axis.imshow(table, vmin=0, vmax=1, cmap=colours, aspect="auto")
+        axis.set_title(f"{task}\nΩ = {table.mean():.2f}", fontsize=10)
+        axis.set_xticks(range(table.shape[1]))
+        axis.set_yticks(
+            range(table.shape[0]), [str(i + layer_offset) for i in range(table.shape[0])]
+        )
+        axis.set_xlabel("KV head")
+        for edge in axis.spines.values():
+            edge.set_visible(False)
+        axis.set_xticks(np.arange(-0.5, table.shape[1]), minor=True)
+        axis.set_yticks(np.arange(-0.5, table.shape[0]), minor=True)
+        axis.grid(which="minor", color="white", linewidth=1.5)
+        axis.tick_params(which="both", length=0)
+    axes[0][0].set_ylabel("layer")
+    bar = figure.colorbar(image, ax=axes[0].tolist(), shrink=0.8, ticks=[0, 0.5, 1])
+    bar.ax.set_yticklabels(["retrieval", "", "sparse"])
+    bar.outline.set_visible(False)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path

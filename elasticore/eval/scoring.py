@@ -1,0 +1,115 @@
+"""Scores of a model on samples with a known answer, with its sparsity beside each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from elasticore.eval.tasks import Sample
+from elasticore.models.elastic import is_elastic
+from elasticore.models.recording import record
+
+__all__ = ["Score", "score"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One sample's result.
+
+    Attributes
+    ----------
+    task
+        The sample's task.
+    correct
+        Whether every answer token is the model's first choice: what greedy decoding would write.
+    accuracy
+        Share of the answer's tokens that are the model's first choice.
+    loss
+        Mean cross-entropy of the answer's tokens, in nats.
+    msr, esr, esr_last_query
+        Ω_MSR and both Ω_ESR of the prompt's prefill; 0 for a model that is not elastic.
+    """
+
+    task: str
+    correct: bool
+    accuracy: float
+    loss: float
+    msr: float
+    esr: float
+    esr_last_query: float
+
+
+@torch.no_grad()
+def score(
+    model: nn.Module,
+    samples: Sequence[Sample],
+    *,
+    batch_size: int = 1,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> list[Score]:
+    """Score every sample, in order.
+
+    The prompt is prefilled alone, as in generation, so that routing never sees the answer; the
+    answer's tokens follow in one pass on the cache.
+
+    Parameters
+    ----------
+    model
+        A causal language model, elastic or not, in evaluation mode.
+    samples
+        What to score; samples of equal prompt and answer length share a batch.
+    batch_size
+        Prompts per forward.
+    progress
+        Wraps the batches, for a progress bar.
+    """
+    order = sorted(range(len(samples)), key=lambda i: _shape(samples[i]))
+    batches = [
+        chunk
+        for _, group in groupby(order, key=lambda i: _shape(samples[i]))
+        for chunk in _chunks(list(group), batch_size)
+    ]
+    scores: dict[int, Score] = {}
+    for batch in progress(batches):
+        scores |= zip(batch, _score_batch(model, [samples[i] for i in batch]), strict=True)
+    return [scores[i] for i in range(len(samples))]
+
+
+def _score_batch(model: Any, samples: list[Sample]) -> list[Score]:
+    ids = torch.as_tensor(np.stack([sample.input_ids for sample in samples]), device=model.device)
+    start = samples[0].start
+    prompt, answer = ids[:, :start], ids[:, start:]
+    with record() as trace:
+        first = model(prompt, use_cache=True, logits_to_keep=1)
+        rest = model(answer[:, :-1], past_key_values=first.past_key_values, use_cache=True)
+    logits = torch.cat([first.logits, rest.logits], 1).float()
+    hits = logits.argmax(-1) == answer
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), answer.flatten(), reduction="none"
+    ).view_as(answer)
+    zero = torch.zeros(len(samples))
+    elastic = is_elastic(model)
+    columns: list[Tensor] = [
+        hits.all(1),
+        hits.double().mean(1),
+        losses.double().mean(1),
+        trace.prefill.msr if elastic else zero,
+        trace.prefill.esr if elastic else zero,
+        trace.prefill.esr_last_query if elastic else zero,
+    ]
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    return [Score(sample.task, *row) for sample, row in zip(samples, rows, strict=True)]
+
+
+def _shape(sample: Sample) -> tuple[int, int]:
+    return sample.start, sample.stop
+
+
+def _chunks(items: list[int], size: int) -> Iterator[list[int]]:
+    return (items[i : i + size] for i in range(0, len(items), size))
