@@ -139,6 +139,8 @@ def train(recipe: Recipe, output: str | Path, *, resume: str | Path | None = Non
     from elasticore.train.trainer import RouterTrainer
 
     output = Path(output)
+    with use_backend(recipe.backend):  # unknown or unavailable: said now, not after loading
+        pass
     config = ElasticConfig.from_dict(recipe.elastic)
     objective = LagrangianObjective(recipe.targets, recipe.signed, seed=recipe.seed)
     temperature = temperature_schedule(**recipe.temperature)
@@ -146,6 +148,10 @@ def train(recipe: Recipe, output: str | Path, *, resume: str | Path | None = Non
     dataset = _dataset(recipe, tokenizer)
     torch.manual_seed(recipe.seed)  # of the routers' start
     elasticize(model, config)
+    if recipe.checkpointing:
+        # The name that transformers will keep, where it has it already.
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
     output.mkdir(parents=True, exist_ok=True)
     (output / "recipe.json").write_text(
@@ -164,14 +170,13 @@ def train(recipe: Recipe, output: str | Path, *, resume: str | Path | None = Non
         lr_scheduler_type="cosine",
         warmup_steps=recipe.warmup_ratio,
         bf16=False,  # the backbone's dtype decides; routers stay in float32
-        gradient_checkpointing=recipe.checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
         seed=recipe.seed,
         logging_steps=recipe.logging_steps,
         save_strategy="steps" if recipe.save_steps else "no",
         save_steps=recipe.save_steps or recipe.max_steps,
         report_to=["tensorboard"],
         dataloader_num_workers=recipe.workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
     )
     trainer = RouterTrainer(

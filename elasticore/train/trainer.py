@@ -147,7 +147,7 @@ class RouterTrainer(Trainer):
         if not bool(torch.isfinite(loss)):
             raise FloatingPointError(
                 f"the loss is not finite at step {self.state.global_step}: language modelling "
-                f"{float(lm_loss):g}, penalty {float(penalty):g}. Lower the learning rates, or "
+                f"{lm_loss.item():g}, penalty {penalty.item():g}. Lower the learning rates, or "
                 "look for bad samples; the last checkpoint is intact."
             )
         if model.training:
@@ -167,8 +167,8 @@ class RouterTrainer(Trainer):
                 task_msr = float(means["msr"][index])  # 0 / 0 if the task was absent
                 if not math.isnan(task_msr):
                     logs[f"msr/{task}"] = task_msr
-                logs[f"lambda1/{task}"] = float(self.objective.lambda1[index])
-                logs[f"lambda2/{task}"] = float(self.objective.lambda2[index])
+                logs[f"lambda1/{task}"] = self.objective.lambda1[index].item()
+                logs[f"lambda2/{task}"] = self.objective.lambda2[index].item()
         super().log(logs, start_time)
 
     def _add(self, name: str, value: Tensor, weight: Tensor | int) -> None:

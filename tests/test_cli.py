@@ -1,0 +1,92 @@
+"""The command line, as a user and as a script would call it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from elasticore import __version__
+from elasticore.cli import app
+
+runner = CliRunner()
+
+
+def test_version() -> None:
+    result = runner.invoke(app, ["--version"])
+    assert result.exit_code == 0
+    assert result.stdout.strip() == __version__
+
+
+def test_doctor_reports_versions_devices_and_backends_with_reasons() -> None:
+    result = runner.invoke(app, ["doctor", "--json"])
+    assert result.exit_code == 0
+    report = json.loads(result.stdout)
+    assert report["versions"]["elasticore"] == __version__
+    assert report["devices"][0].startswith("cpu")
+    serial = next(b for b in report["backends"] if b["name"] == "serial")
+    assert serial["available"] is True
+    assert all(b["available"] or b["reason"] for b in report["backends"])
+    assert "serial" in runner.invoke(app, ["doctor"]).stdout
+
+
+@pytest.mark.parametrize("command", ["doctor", "demo", "run", "train"])
+def test_help_shows_an_example(command: str) -> None:
+    result = runner.invoke(app, [command, "--help"])
+    assert result.exit_code == 0
+    assert f"elasticore {command}" in " ".join(result.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "--backend", "magic"], "backend 'magic' is unknown"),
+        (["demo", "--length", "100000"], "length must be from 256 to 4096"),
+        (["train", "--config", "nowhere.yaml"], "nowhere.yaml is no file"),
+        (["run", "--model", "/nowhere/x", "--prompt-file", "nowhere.txt"], "nowhere.txt"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_code_2(arguments: list[str], message: str) -> None:
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+    assert message in " ".join(result.stderr.split())
+
+
+def test_run_answers_a_file_and_reports_the_routing(tmp_path: Path) -> None:
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("def add(a, b):\n    return a + b\n\n\ndef sub(a, b):\n    return", "utf-8")
+    arguments = ["run", "--model", "tiny", "--prompt-file", str(prompt), "--dtype", "float32"]
+    result = runner.invoke(app, [*arguments, "--max-new-tokens", "8", "--json"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["new_tokens"] <= 8
+    assert report["backend"] == "serial"
+    decisions = report["decisions"]
+    shares = [sum(layer) / len(layer) for layer in decisions]
+    assert report["msr"] == pytest.approx(sum(shares) / len(shares))
+    again = runner.invoke(app, [*arguments, "--max-new-tokens", "8"])
+    assert report["answer"].strip()[:4] in again.stdout
+
+
+def test_run_refuses_an_empty_and_an_overlong_prompt(tmp_path: Path) -> None:
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text(" \n")
+    arguments = ["run", "--model", "tiny", "--prompt-file", str(prompt)]
+    assert "is empty" in runner.invoke(app, arguments).stderr
+    prompt.write_text("word " * 5000)
+    assert "exceeds the 4096 positions" in " ".join(runner.invoke(app, arguments).stderr.split())
+
+
+@pytest.mark.slow
+def test_demo_shows_answers_and_draws_the_routing(tmp_path: Path) -> None:
+    picture = tmp_path / "routing.png"
+    arguments = ["demo", "--length", "1024", "--picture", str(picture), "--json"]
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    answers = json.loads(result.stdout)["answers"]
+    assert [a["task"] for a in answers] == ["multikey", "tracking", "code", "code"]
+    assert all(len(a["correct"]) == 2 and 0 <= a["esr"] <= a["msr"] <= 1 for a in answers)
+    assert picture.read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,134 @@
+"""Samples and batches: what is learnt is exactly what was marked, padded or packed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elasticore.train import Collator, JsonLines, OfflineTasks, TrainingSample
+
+
+def sample(length: int, learnt: int, task: str = "a", start: int = 0) -> TrainingSample:
+    ids = torch.arange(start, start + length)
+    labels = torch.full_like(ids, -100)
+    labels[length - learnt :] = ids[length - learnt :]
+    return TrainingSample(ids, labels, task)
+
+
+class Words:
+    """A stand-in for a tokenizer: one token per word, its length."""
+
+    eos_token_id = 0
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        ids = [len(word) for word in text.split()]
+        return {"input_ids": [99, *ids] if add_special_tokens else ids}
+
+
+def test_equal_lengths_need_no_mask() -> None:
+    batch = Collator(("a", "b"))([sample(6, 2), sample(6, 1, "b")])
+    assert "attention_mask" not in batch
+    assert batch["input_ids"].shape == (2, 6)
+    assert batch["task_ids"].tolist() == [0, 1]
+
+
+def test_shorter_rows_are_padded_on_the_right_and_masked() -> None:
+    batch = Collator(("a",), pad_token_id=7)([sample(4, 1), sample(6, 1)])
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0, 0], [1] * 6]
+    assert batch["input_ids"][0].tolist() == [0, 1, 2, 3, 7, 7]
+    assert batch["labels"][0].tolist() == [-100, -100, -100, 3, -100, -100]
+
+
+def test_token_weights_are_equal_and_sample_weights_are_per_sample() -> None:
+    both = [sample(6, 4), sample(6, 1)]
+    tokens = Collator(("a",))(both)["loss_weights"]
+    assert tokens[tokens > 0].tolist() == pytest.approx([1 / 5] * 5)
+    samples = Collator(("a",), reduction="samples")(both)["loss_weights"]
+    assert samples.sum(1).tolist() == pytest.approx([0.5, 0.5])
+    assert samples[1].max() == 0.5
+
+
+def test_packing_never_predicts_a_sequence_from_the_one_before_it() -> None:
+    batch = Collator(("a",), packed=True)([sample(3, 3), sample(2, 2, start=10)])
+    assert batch["cu_seq_lens_q"].tolist() == [0, 3, 5]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    assert batch["labels"].tolist() == [[-100, 1, 2, -100, 11]]
+    assert batch["loss_weights"][0].tolist() == pytest.approx([0, 1 / 3, 1 / 3, 0, 1 / 3])
+
+
+@given(
+    lengths=st.lists(st.tuples(st.integers(2, 9), st.integers(1, 9)), min_size=1, max_size=5),
+    packed=st.booleans(),
+    reduction=st.sampled_from(["tokens", "samples"]),
+)
+def test_weights_sum_to_one_and_logits_reach_back_to_the_first_learnt_token(
+    lengths: list[tuple[int, int]], packed: bool, reduction: str
+) -> None:
+    rows = [sample(n, min(k, n - 1)) for n, k in lengths]
+    batch = Collator(("a",), packed=packed, reduction=reduction)(rows)  # type: ignore[arg-type]
+    assert float(batch["loss_weights"].sum()) == pytest.approx(1)
+    width = batch["labels"].shape[1]
+    learnt = (batch["labels"] != -100).any(0).nonzero()
+    assert width - batch["logits_to_keep"] == int(learnt[0]) - 1
+
+
+def test_a_task_without_a_target_is_named() -> None:
+    with pytest.raises(ValueError, match=r"samples hold the tasks \['b'\]"):
+        Collator(("a",))([sample(3, 1, "b")])
+
+
+def test_json_lines_reads_both_forms(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    rows = [
+        {"task": "a", "prompt": "one three", "answer": "x"},
+        {"task": "b", "input_ids": [1, 2, 3], "labels": [-100, -100, 3]},
+    ]
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    data = JsonLines(path, Words(), max_length=10)
+    assert len(data) == 2
+    assert data[0].input_ids.tolist() == [99, 3, 5, 1, 0]
+    assert data[0].labels.tolist() == [-100, -100, -100, 1, 0]
+    assert data[1].task == "b"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 1: expected a JSON object"),
+        ('{"task": "a"}', "line 1: expected a JSON object"),
+        ('{"task": "a", "input_ids": [1, 2], "labels": [1]}', "2 input_ids but 1 labels"),
+        ('{"task": "a", "input_ids": [1], "labels": [1]}', "1 tokens; accepted are 2 to 4"),
+        ('{"task": "a", "prompt": "a b c", "answer": "d"}', "6 tokens; accepted are 2 to 4"),
+        ("", "holds no sample"),
+    ],
+)
+def test_json_lines_says_where_a_file_is_wrong(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(line)
+    with pytest.raises(ValueError, match=message):
+        JsonLines(path, Words(), max_length=4)
+
+
+def test_json_lines_without_a_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        JsonLines(tmp_path / "nowhere.jsonl", Words(), max_length=4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"tasks": {}}, "tasks"),
+        ({"tasks": {"unheard": 1}}, "tasks"),
+        ({"tasks": {"code": 0}}, "tasks"),
+        ({"length": 0}, "length"),
+        ({"samples": True}, "samples"),
+    ],
+)
+def test_offline_tasks_name_the_bad_argument(settings: dict[str, object], name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        OfflineTasks(None, **{"tasks": {"code": 1.0}, "length": 64, "samples": 4, **settings})  # type: ignore[arg-type]

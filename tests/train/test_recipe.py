@@ -1,0 +1,135 @@
+"""A YAML recipe runs from end to end, and says what is wrong with it before any work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import elasticore as ec
+from elasticore.train import Recipe, train
+
+
+@pytest.fixture
+def backbone(tmp_path: Path) -> Path:
+    folder = tmp_path / "backbone"
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+        max_position_embeddings=128,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    words = {"<eos>": 0, **{f"w{i}": i for i in range(1, 64)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>"
+    ).save_pretrained(folder)
+    return folder
+
+
+def settings(backbone: Path, **changes: Any) -> dict[str, Any]:
+    data = backbone.parent / "data.jsonl"
+    rows = [
+        {
+            "task": "qa",
+            "prompt": " ".join(f"w{(i * j) % 63 + 1}" for j in range(60)),
+            "answer": "w5",
+        }
+        for i in range(1, 13)
+    ]
+    data.write_text("\n".join(json.dumps(row) for row in rows))
+    return {
+        "backbone": str(backbone),
+        "targets": {"qa": [0.4, 0.8]},
+        "data": {"kind": "jsonl", "path": str(data), "max_length": 100},
+        "elastic": {"mode": "fa-ssa", "sink": 16, "local": 16, "block_size": 16, "boundary": 20},
+        "max_steps": 2,
+        "batch_size": 2,
+        "accumulation": 1,
+        "logging_steps": 1,
+        "save_steps": 0,
+        "dtype": "float32",
+        **changes,
+    }
+
+
+def write(folder: Path, content: dict[str, Any]) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_recipe_runs_and_leaves_routers_logs_and_history(
+    backbone: Path, tmp_path: Path, checkpointing: bool
+) -> None:
+    recipe = Recipe.load(write(tmp_path, settings(backbone, checkpointing=checkpointing)))
+    folder = train(recipe, tmp_path / "run")
+    model = ec.load_router(LlamaForCausalLM.from_pretrained(backbone), folder)
+    assert len(ec.routers(model)) == 2
+    history = json.loads((tmp_path / "run" / "history.json").read_text())
+    assert [entry["step"] for entry in history] == [1, 2]
+    assert {"lm_loss", "penalty", "msr/qa", "lambda1/qa"} <= set(history[0])
+    assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+
+
+def test_a_recipe_is_reproducible(backbone: Path, tmp_path: Path) -> None:
+    recipe = Recipe.load(write(tmp_path, settings(backbone)))
+    first, second = (train(recipe, tmp_path / name) for name in ("a", "b"))
+    assert (first / "router.safetensors").read_bytes() == (
+        second / "router.safetensors"
+    ).read_bytes()
+
+
+def test_overrides_win_over_the_file(backbone: Path, tmp_path: Path) -> None:
+    path = write(tmp_path, settings(backbone))
+    assert Recipe.load(path, max_steps=7, backend=None).max_steps == 7
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"unheard": 1}, r"unknown settings \['unheard'\]"),
+        ({"targets": {"qa": 1.5}}, "targets"),
+        ({"targets": {}}, "targets"),
+        ({"data": {"kind": "magic"}}, "data needs kind"),
+        ({"data": {"kind": "offline", "tasks": {"code": 1}, "wrong": 1}}, "data does not take"),
+        ({"elastic": {"mode": "fa-fa"}}, "mode"),
+        ({"elastic": {"sink": 100}}, "sink"),
+        ({"temperature": {"name": "warm"}}, "warm"),
+        ({"dtype": "int8"}, "dtype"),
+        ({"backend": "magic"}, "backend"),
+        ({"backbone": "/nowhere/at/all"}, "/nowhere/at/all"),
+    ],
+)
+def test_bad_settings_end_before_anything_is_written(
+    backbone: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    path = write(tmp_path, {**settings(backbone), **change})
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train(Recipe.load(path), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_that_is_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no file"):
+        Recipe.load(tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ValueError, match="must be a mapping"):
+        Recipe.load(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [")
+    with pytest.raises(ValueError, match="no YAML"):
+        Recipe.load(tmp_path / "broken.yaml")
+    (tmp_path / "short.yaml").write_text("backbone: x\n")
+    with pytest.raises(ValueError, match=r"missing settings \['data', 'targets'\]"):
+        Recipe.load(tmp_path / "short.yaml")
