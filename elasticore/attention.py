@@ -171,7 +171,10 @@ def hybrid_head_attention(
 
     layout, scale = check_call(q, k, v, plan, layout, scale)
     request = AttentionRequest.of(q, k, v, plan, layout)
-    return resolve(backend, request).attend(q, k, v, plan, layout=layout, scale=scale)
+    engine = resolve(backend, request)
+    # Autocast would change the dtype of the output and, through the scores, the blocks selected.
+    with torch.autocast(q.device.type, enabled=False):
+        return engine.attend(q, k, v, plan, layout=layout, scale=scale)
 
 
 def check_call(
@@ -193,8 +196,8 @@ def check_call(
             )
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {tensor.dtype}.")
-        if 0 in (tensor.shape[1], tensor.shape[3]):
-            raise ValueError(f"{name} has no heads or no head_dim: {list(tensor.shape)}.")
+        if tensor.numel() == 0:
+            raise ValueError(f"{name} is empty: every axis of {list(tensor.shape)} must be >= 1.")
         if tensor.dtype != q.dtype:
             raise TypeError(f"{name} is {tensor.dtype} but q is {q.dtype}; use one dtype.")
         if tensor.device != q.device:
@@ -253,34 +256,32 @@ class _StraightThrough(torch.autograd.Function):
     """The chosen branch's output, with the gate's gradient from both branches."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, chosen: Tensor, other: Tensor, row: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, chosen, other, row)
+    def forward(ctx: Any, gate: Tensor, chosen: Tensor, other: Tensor, member: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, chosen, other, member)
         return chosen.view_as(chosen)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        gate, chosen, other, row = ctx.saved_tensors
+        gate, chosen, other, member = ctx.saved_tensors
         (grad,) = grads
         gate_grad = None
         if ctx.needs_input_grad[0]:
             exact = torch.promote_types(chosen.dtype, torch.float32)
-            heads = gate.shape[1]
-            # [B, Hq, Tq], one head's D at a time: no fp32 copy of the outputs is kept.
-            dot = torch.stack(
-                [
-                    (grad[:, h].to(exact) * (other[:, h].to(exact) - chosen[:, h].to(exact))).sum(
-                        -1
-                    )
-                    for h in range(grad.shape[1])
-                ],
-                1,
-            )
-            dot = dot.unflatten(1, (heads, -1)).sum(2)  # [B, Hkv, Tq]
-            per_query = dot.new_zeros(gate.shape[0] + 1, heads)
-            # Queries of padding are counted in one extra row, which is cut off.
-            per_query.index_add_(0, row.flatten(), dot.transpose(1, 2).flatten(0, 1))
+
+            def head(h: int) -> Tensor:
+                difference = other[:, h].to(exact) - chosen[:, h].to(exact)
+                return (grad[:, h].to(exact) * difference).sum(-1)
+
+            # [B, Hq, Tq], one head's D at a time: no copy of the outputs in float32 is kept.
+            dot = torch.stack([head(h) for h in range(grad.shape[1])], 1)
+            dot = dot.unflatten(1, (gate.shape[1], -1)).sum(2)  # [B, Hkv, Tq]
+            # Padding is cut out, not multiplied by zero: it may hold anything, NaN too.
+            if dot.shape[0] == member.shape[0]:
+                per_sequence = torch.where(member[:, None], dot, 0).sum(-1)
+            else:  # packed: one row holds every sequence
+                per_sequence = member.to(exact) @ torch.where(member.any(0), dot[0], 0).T
             # other - chosen is O_sparse - O_retrieval where the gate chose retrieval.
-            gate_grad = (per_query[:-1] * (1 - 2 * gate)).to(gate.dtype)
+            gate_grad = (per_sequence * (1 - 2 * gate)).to(gate.dtype)
         return gate_grad, grad, None, None
 
 
@@ -306,13 +307,8 @@ def straight_through(
     """
     batch, _, queries, _ = chosen.shape
     segments = layout.segments(batch, queries, keys, chosen.device)
-    # The sequence that each query belongs to; padding belongs to one past the last.
+    # Which queries belong to which sequence, [sequences, Tq]; padding belongs to none.
     step = torch.arange(queries, device=chosen.device)
-    starts, stops = segments.query_start, segments.query_start + segments.query_length
-    if layout.kind == "packed":
-        owner = torch.searchsorted(stops, step, right=True)
-        row = owner[None]
-    else:
-        inside = (step >= starts[:, None]) & (step < stops[:, None])
-        row = torch.where(inside, segments.row[:, None], batch)
-    return _StraightThrough.apply(gate, chosen, other, row)
+    start, length = segments.query_start[:, None], segments.query_length[:, None]
+    member = (step >= start) & (step < start + length)
+    return _StraightThrough.apply(gate, chosen, other, member)

@@ -58,6 +58,18 @@ class SequenceLayout:
     cu_queries: Tensor | None = None
     cu_keys: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        needed: dict[str, tuple[Tensor | None, ...]] = {
+            "dense": (),
+            "padded": (self.first, self.last),
+            "packed": (self.cu_queries, self.cu_keys),
+        }
+        if self.kind not in tuple(needed) or any(x is None for x in needed[self.kind]):
+            raise ValueError(
+                f"kind={self.kind!r} does not fit the other fields; build a layout with "
+                "SequenceLayout.dense(), .padded(...), .from_attention_mask(...) or .packed(...)."
+            )
+
     @classmethod
     def dense(cls) -> SequenceLayout:
         """Every row of the batch is one sequence that fills it."""
@@ -79,7 +91,7 @@ class SequenceLayout:
         Raises
         ------
         ValueError
-            On wrong shapes, dtypes, devices or a negative ``first``.
+            On wrong shapes, dtypes, devices or a negative ``first`` or ``query_offset``.
         """
         _check_integers("first", first, 1)
         _check_integers("last", last, 1)
@@ -87,8 +99,9 @@ class SequenceLayout:
         if query_offset is not None:
             _check_integers("query_offset", query_offset, 1)
             _check_same("query_offset", query_offset, "first", first)
-        if _readable(first) and bool((first < 0).any()):
-            raise ValueError(f"first must be >= 0 in every row, got {first.tolist()}.")
+        for name, value in (("first", first), ("query_offset", query_offset)):
+            if value is not None and _readable(value) and bool((value < 0).any()):
+                raise ValueError(f"{name} must be >= 0 in every row, got {value.tolist()}.")
         offset = None if query_offset is None else query_offset.long()
         return cls("padded", first.long(), last.long(), offset)
 
@@ -104,13 +117,19 @@ class SequenceLayout:
         Raises
         ------
         ValueError
-            If the mask is not 2-D, or a row has a hole between valid tokens.
+            If the mask is not 2-D, holds anything but 0 and 1, or a row has a hole between valid
+            tokens.
         """
         if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] == 0:
             raise ValueError(
                 f"mask must be a [batch, key positions] tensor, got {_describe(mask)}."
             )
-        valid = mask.bool()
+        valid = mask == 1
+        if bool((~valid & (mask != 0)).any()):
+            raise ValueError(
+                "mask must be 1 (or True) at valid keys and 0 elsewhere, got other values; neither "
+                "additive masks nor sequence numbers are masks of padding."
+            )
         length = valid.shape[1]
         position = torch.arange(length, device=mask.device)
         first = torch.where(valid, position, length).amin(1)
@@ -206,6 +225,12 @@ class SequenceLayout:
             if self.first.numel() != batch:
                 raise ValueError(
                     f"layout describes {self.first.numel()} rows but the batch has {batch}."
+                )
+            offset = self.query_offset
+            if offset is not None and _readable(offset) and bool((offset + queries > keys).any()):
+                raise ValueError(
+                    f"layout's query_offset {offset.tolist()} puts the end of {queries} queries "
+                    f"beyond the {keys} key positions."
                 )
             if _readable(self.last) and bool((self.last >= keys).any()):
                 raise ValueError(

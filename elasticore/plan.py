@@ -93,7 +93,7 @@ class HeadPlan:
             )
         if self.gate is not None:
             _check_gate(self.gate, self.modes)
-        if check:
+        if check and not self.modes.is_meta:
             self._check_values()
 
     def _check_values(self) -> None:
@@ -143,7 +143,8 @@ class HeadPlan:
         Parameters
         ----------
         gate
-            Float ``[sequences, kv_heads]``, exactly 0 or 1 in value; not read on the host.
+            Float ``[sequences, kv_heads]``, exactly 0 or 1 in value. The values are checked only
+            on the CPU, where reading them costs no synchronisation.
         """
         if not isinstance(gate, Tensor) or gate.ndim != 2 or not gate.is_floating_point():
             got = (list(gate.shape), gate.dtype) if isinstance(gate, Tensor) else gate
@@ -157,7 +158,7 @@ class HeadPlan:
             streaming=streaming if streaming is not None else Streaming(),
             selector=selector,
             block_size=block_size,
-            check=False,
+            check=gate.device.type == "cpu",
         )
 
     @property
@@ -213,6 +214,16 @@ class HeadPlan:
             float64 ``[sequences, kv_heads]``, on the plan's device; its mean is the model's ratio.
             NaN for sequences without a query.
         """
+        if not isinstance(segments, Segments):
+            raise TypeError(
+                "segments must be Segments, such as layout.segments(batch, queries, keys, device), "
+                f"got {type(segments).__name__}."
+            )
+        sequences, kv_heads = self.modes.shape
+        if segments.row.numel() != sequences:
+            raise ValueError(
+                f"segments describe {segments.row.numel()} sequences but the plan has {sequences}."
+            )
         if definition not in ("causal", "last_query"):
             raise ValueError(f"definition must be 'causal' or 'last_query', got {definition!r}.")
         if selection is None and self.selector is not None:
@@ -222,6 +233,8 @@ class HeadPlan:
                     "selection is missing: the plan has SELECTED heads, whose ratio depends on the "
                     "blocks chosen; pass selection=plan.selector.select(q, k, segments, ...)."
                 )
+        if selection is not None:
+            _check_selection(selection, sequences, kv_heads)
         past = segments.key_length - segments.query_length
         longest = int(segments.query_length.max()) if segments.query_length.numel() else 0
         step = torch.arange(longest, device=self.modes.device)
@@ -240,7 +253,6 @@ class HeadPlan:
             lane == HeadMode.STREAMING, streaming[:, None], (position + 1)[:, None]
         ).double()
         if selection is not None:
-            kv_heads = self.modes.shape[1]
             per_head = selection.counts.double().unflatten(1, (kv_heads, -1)).mean(2)
             row = (block - (past // size)[:, None]).clamp(0, per_head.shape[-1] - 1)
             row = row[:, None].expand(-1, kv_heads, -1)
@@ -261,12 +273,10 @@ def check_block_size(block_size: object) -> None:
 
 
 def _as_mode(name: str, value: object) -> HeadMode:
-    try:
-        return HeadMode(value)  # type: ignore[arg-type]
-    except ValueError:
-        raise ValueError(
-            f"{name} must be a HeadMode (FULL, STREAMING or SELECTED), got {value!r}."
-        ) from None
+    accepted = isinstance(value, int) and not isinstance(value, bool) and value in list(HeadMode)
+    if not accepted:
+        raise ValueError(f"{name} must be a HeadMode (FULL, STREAMING or SELECTED), got {value!r}.")
+    return HeadMode(value)  # type: ignore[arg-type]
 
 
 def _check_gate(gate: object, modes: Tensor) -> None:
@@ -276,4 +286,15 @@ def _check_gate(gate: object, modes: Tensor) -> None:
         raise ValueError(
             f"gate must have the shape and device of modes ({list(modes.shape)} on "
             f"{modes.device}), got {list(gate.shape)} on {gate.device}."
+        )
+
+
+def _check_selection(selection: object, sequences: int, kv_heads: int) -> None:
+    if not isinstance(selection, BlockLists):
+        raise TypeError(f"selection must be BlockLists, got {type(selection).__name__}.")
+    shape = list(selection.counts.shape)
+    if len(shape) != 3 or shape[0] != sequences or shape[1] % kv_heads:
+        raise ValueError(
+            "selection.counts must be [sequences, query heads, row blocks] for "
+            f"{sequences} sequences and a multiple of {kv_heads} heads, got {shape}."
         )

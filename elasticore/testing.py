@@ -16,6 +16,7 @@ or all at once, with a table at the end: ``testing.check_backend("mine", device=
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -51,12 +52,14 @@ HEAD_DIMS = (32, 64, 128)
 LENGTHS = (1, 127, 128, 129, 2047, 2048, 2049, 2175, 2176, 2177)
 QUERIES = ("all", "some", "one")
 PRESETS = {
-    "128": (128, Streaming(128, 2048)),
-    "64": (64, Streaming(64, 256)),
-    "32": (32, Streaming(0, 128)),
+    "128": (128, Streaming(128, 2048), Streaming(0, 128)),
+    "64": (64, Streaming(64, 256), Streaming(64, 64)),
+    "32": (32, Streaming(0, 128), Streaming(32, 64)),
 }
+"""Block size, what STREAMING heads read, and what they read in short cases: less than all."""
+
 _SHORT = 300
-"""Below this length cases use small blocks too, so that the lanes differ at all."""
+"""Tokens below which a case is short."""
 
 
 @dataclass(frozen=True)
@@ -97,16 +100,35 @@ def matrix(full: bool = False) -> list[Case]:
     if full:
         return every
     # Greedy pairwise cover, deterministic: the case that adds the most pairs for its price, so that
-    # long sequences meet wide heads where the queries are few.
-    pairs = [frozenset(itertools.combinations(enumerate(vars(c).values()), 2)) for c in every]
+    # long sequences meet wide heads where the queries are few; among equals, the one whose values
+    # have been used least.
+    pairs = [_pairs(case) for case in every]
     price = [_operations(case) ** 0.25 for case in every]
     missing = frozenset().union(*pairs)
     cover: list[Case] = []
+    used: Counter[tuple[str, object]] = Counter()
     while missing:
-        best = max(range(len(every)), key=lambda i: len(pairs[i] & missing) / price[i])
+        gain = [len(new & missing) / cost for new, cost in zip(pairs, price, strict=True)]
+        most = max(gain)
+        equals = [index for index, value in enumerate(gain) if value == most]
+        best = min(equals, key=lambda i: sum(used[item] for item in vars(every[i]).items()))
         cover.append(every[best])
+        used.update(vars(every[best]).items())
         missing -= pairs[best]
     return cover
+
+
+def _pairs(case: Case) -> frozenset[tuple[tuple[str, object], ...]]:
+    """The pairs of axis values that ``case`` puts to the test.
+
+    With one token, or one query, most of what can go wrong cannot show: such a case counts only for
+    pairs with its length (one query: or its queries).
+    """
+    tested = frozenset(itertools.combinations(vars(case).items(), 2))
+    if case.length > 1 and case.queries != "one":
+        return tested
+    telling = {"length"} if case.length == 1 else {"length", "queries"}
+    return frozenset(pair for pair in tested if telling & {axis for axis, _ in pair})
 
 
 def _operations(case: Case) -> int:
@@ -231,9 +253,9 @@ def make_problem(
         draw(kv_heads, batch, total_keys),
         draw(kv_heads, batch, total_keys),
     )
-    block_size, streaming = PRESETS[case.preset]
+    block_size, streaming, short = PRESETS[case.preset]
     common = {
-        "streaming": streaming,
+        "streaming": short if case.length < _SHORT else streaming,
         "selector": ScatteredBlocks(),
         "block_size": block_size,
     }
@@ -250,7 +272,8 @@ def make_problem(
         )
         for tensor in (q, k, v):
             tensor.requires_grad_()
-    return Problem(q, k, v, plan, layout, case.head_dim**-0.5)
+    # Not the default scale, so that whoever ignores the argument shows it.
+    return Problem(q, k, v, plan, layout, 1.25 * case.head_dim**-0.5)
 
 
 def attended(problem: Problem, sequence: int, mode: HeadMode) -> Tensor:
@@ -352,7 +375,7 @@ def check_gradients(
     dtype: torch.dtype = torch.float64,
     device: str | torch.device = "cpu",
 ) -> None:
-    """The gradients of q, k, v and the gate are those of the dense float64 blend.
+    """The gradients of q, k, v and the gate are those of the dense float64 blend, zero at padding.
 
     Raises
     ------
@@ -361,6 +384,8 @@ def check_gradients(
     """
     problem = make_problem(case, dtype=dtype, device=device, gate=modes)
     _require_support(backend, problem)
+    with torch.no_grad():
+        _poison_padding(problem)
     assert problem.plan.gate is not None
     inputs = (problem.q, problem.k, problem.v, problem.plan.gate)
     weight = torch.randn(problem.q.shape, generator=torch.Generator().manual_seed(1))
@@ -403,7 +428,9 @@ def check_same_alone(
         )
         part = together[row : row + 1, :, q_start : q_start + q_length]
         reference = dense_attention(alone)
-        _compare("sequence alone", alone.run(backend), reference, part, 2, case)
+        plain = reference if dtype is torch.float64 else dense_attention(alone, dtype)
+        _compare("sequence alone", alone.run(backend), reference, plain, 2, case)
+        _compare("sequence in its batch", part, reference, plain, 2, case)
 
 
 def check_repeatable(
@@ -443,7 +470,7 @@ def check_backend(
     Raises
     ------
     AssertionError
-        At the first check that fails.
+        At the first check that fails, or if the backend supported none of them.
     """
     counts = {"output": 0, "gradients": 0, "same alone": 0, "repeatable": 0, "unsupported": 0}
     pairs: tuple[tuple[HeadMode, HeadMode], ...] = (
@@ -466,6 +493,11 @@ def check_backend(
                     counts["unsupported"] += 1
                 else:
                     counts[kind] += 1
+    if counts["unsupported"] == sum(counts.values()):
+        raise AssertionError(
+            f"{backend} supports no case of the matrix on {device}, so nothing was shown; every "
+            "case mixes all three lanes."
+        )
     return counts
 
 
@@ -500,6 +532,8 @@ def _compare(
         raise AssertionError(
             f"{what}: shape {list(ours.shape)}, not {list(reference.shape)}, in {case}."
         )
+    if ours.dtype != plain.dtype:
+        raise AssertionError(f"{what}: dtype {ours.dtype}, not {plain.dtype}, in {case}.")
     if ours.numel() == 0:
         return
     if not bool(torch.isfinite(ours).all()):

@@ -20,7 +20,8 @@ AUTO = "auto"
 ENTRY_POINTS = "elasticore.backends"
 
 # Built-in backends, fastest first, by the place of their class: none is imported before it is
-# asked for. ``auto`` tries them in this order, then those that were registered.
+# asked for. ``auto`` tries them in this order, then those that were registered, whose speed nobody
+# has vouched for: to run one of those, name it.
 _BUILT_IN = {"serial": "elasticore.backends.serial:SerialAttention"}
 
 _registered: dict[str, type[HybridHeadAttention]] = {}

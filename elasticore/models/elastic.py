@@ -94,7 +94,7 @@ def elasticize(
             "sliding window, so there is none to make elastic."
         )
     for layer in elastic:
-        if not getattr(layer, "is_causal", True):
+        if not (getattr(layer, "is_causal", True) and getattr(backbone.config, "is_causal", True)):
             raise UnsupportedModel(
                 f"model ({backbone.config.model_type}) attends in both directions; elastic "
                 "attention is causal."

@@ -36,7 +36,8 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     """What identifies the backbone that routers belong to: its sizes and a hash of its weights.
 
     The hash covers a sample of the embedding and of every layer's norms, rounded to bfloat16, so
-    that it does not depend on the dtype a model is loaded in.
+    that a model loaded in float32 and in bfloat16 is the same one. Loading in float16 may round to
+    other values; :func:`load_router` then needs ``check_base=False``.
     """
     config: Any = model.config
     layers = attention_layers(model)
@@ -46,14 +47,18 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     for tensor in samples:
         flat = tensor.detach().flatten()
         picked = flat[:: max(1, flat.numel() // 256)][:256]
-        digest.update(picked.to("cpu", torch.bfloat16).view(torch.uint8).numpy().tobytes())
+        digest.update(
+            picked.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()
+        )
+    name = str(getattr(config, "_name_or_path", ""))
     return {
         "family": config.model_type,
         "layers": len(layers),
         "kv_heads": config.num_key_value_heads,
         "head_dim": int(layers[0].head_dim),  # type: ignore[arg-type]
         "weights": digest.hexdigest()[:32],
-        "name": str(getattr(config, "_name_or_path", "")),
+        # A hub id says where the model is from; of a local path only the last part means anything.
+        "name": name if _HUB_ID.match(name) else Path(name).name,
     }
 
 
@@ -83,7 +88,7 @@ def save_router(
     ValueError
         If the model is not elastic or runs a static policy, which has nothing to save.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     state = _state(model)
     tensors = {}
@@ -104,7 +109,7 @@ def save_router(
     path.mkdir(parents=True, exist_ok=True)
     # Each file appears whole or not at all.
     with tempfile.TemporaryDirectory(dir=path) as scratch:
-        save_file(tensors, Path(scratch, WEIGHTS), metadata={"format": "pt"})
+        Path(scratch, WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
         Path(scratch, SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         for name in (WEIGHTS, SETTINGS):
             Path(scratch, name).replace(path / name)
@@ -151,17 +156,7 @@ def load_router(
     from safetensors.torch import load_file
 
     folder = _folder(path, revision)
-    try:
-        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-        found, saved = settings["format"], settings["base_model"]
-        config = ElasticConfig.from_dict(settings["config"])
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"path {folder / SETTINGS} is no router file: {error!r}.") from error
-    if found != FORMAT:
-        raise ValueError(
-            f"path {folder / SETTINGS} has format {found}, but this elasticore reads {FORMAT}; "
-            "update elasticore."
-        )
+    config, saved = _settings(folder / SETTINGS)
     try:
         tensors = load_file(folder / WEIGHTS)
     except SafetensorError as error:
@@ -206,21 +201,44 @@ def load_router(
 
 def _folder(path: str | Path, revision: str | None) -> Path:
     folder = Path(path)
-    if folder.is_dir():
-        missing = [name for name in (WEIGHTS, SETTINGS) if not (folder / name).is_file()]
-        if missing:
-            raise FileNotFoundError(f"path {folder} has no {' and no '.join(missing)}.")
-        return folder
-    if not isinstance(path, str) or not _HUB_ID.match(path):
-        raise FileNotFoundError(f"path {path} is neither a directory nor a hub id user/name.")
+    if not folder.is_dir():
+        if not isinstance(path, str) or not _HUB_ID.match(path):
+            raise FileNotFoundError(f"path {path} is neither a directory nor a hub id user/name.")
+        folder = _download(path, revision)
+    missing = [name for name in (WEIGHTS, SETTINGS) if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"path {path} has no {' and no '.join(missing)}.")
+    return folder
+
+
+def _download(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=[WEIGHTS, SETTINGS]))
+        return Path(
+            snapshot_download(hub_id, revision=revision, allow_patterns=[WEIGHTS, SETTINGS])
+        )
     except Exception as error:  # the hub client raises many kinds; all mean the same to the caller
         raise FileNotFoundError(
-            f"path {path} is no directory, and the hub did not give it: {error}"
+            f"path {hub_id} is no directory, and the hub did not give it: {error}"
         ) from error
+
+
+def _settings(path: Path) -> tuple[ElasticConfig, dict[str, Any]]:
+    """The settings in ``path``, and the fingerprint of the model that the routers belong to."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        # The format comes first: a newer one may hold settings that nothing here knows.
+        if settings["format"] != FORMAT:
+            raise ValueError(
+                f"format {settings['format']!r}, but this elasticore reads {FORMAT}; update it"
+            )
+        saved = dict(settings["base_model"])
+        return ElasticConfig.from_dict(settings["config"]), saved
+    except KeyError as error:
+        raise ValueError(f"path {path} is no router file: {error} is missing.") from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"path {path} is no router file: {error}") from error
 
 
 def _check_base(saved: dict[str, Any], own: dict[str, Any], folder: Path, strict: bool) -> None:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from elasticore.errors import ElasticoreError
-from elasticore.models.state import STATE, LayerState
+from elasticore.models.state import IMPLEMENTATION, STATE, LayerState
 
 __all__ = ["IMPLEMENTATION", "ORIGINAL", "register"]
 
-IMPLEMENTATION = "elasticore"
 ORIGINAL = "_elasticore_original_implementation"
 """Attribute of an elastic model's config: the implementation that its local layers keep."""
 
 
+# One opaque call per layer: it reads context variables, and some backends read the host.
+@torch.compiler.disable
 def attention_function(
     module: nn.Module,
     query: Tensor,
@@ -40,6 +42,12 @@ def attention_function(
             f"attention_dropout must be 0 in an elastic model, got {dropout}; set "
             "model.config.attention_dropout = 0.0 before elasticize (the backbone is frozen)."
         )
+    if kwargs.get("is_causal") is False:
+        raise ValueError("is_causal must not be False: elastic attention is causal.")
+    if torch.is_autocast_enabled(query.device.type):
+        # Rotary embedding and norms leave autocast's dtype; SDPA would go back to it as well.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     out = layer.attend(query, key, value, attention_mask, scaling, kwargs)
     return out.transpose(1, 2).contiguous(), None
 

@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 
 from elasticore.layout import SequenceLayout
 
-__all__ = ["layout_of"]
+__all__ = ["layout_of", "packed_lengths"]
 
 
 def layout_of(
@@ -21,7 +21,6 @@ def layout_of(
     queries: int,
     keys: int,
     past: int | Tensor,
-    has_cache: bool,
     device: torch.device,
 ) -> SequenceLayout:
     """The layout of one forward pass; it is the same for every layer, so compute it once.
@@ -36,8 +35,6 @@ def layout_of(
         Cumulative lengths of packed sequences (``cu_seq_lens_q`` and ``_k``) or None.
     past
         Positions in the cache before this pass; a tensor for a static cache.
-    has_cache
-        Whether there is a cache at all.
 
     Raises
     ------
@@ -51,6 +48,7 @@ def layout_of(
                 "padding, so pass no attention_mask."
             )
         return SequenceLayout.packed(cu_queries.to(device), _to(cu_keys, device))
+    first = isinstance(past, int) and past == 0
     if attention_mask is not None:
         if attention_mask.ndim != 2:
             raise ValueError(
@@ -58,13 +56,32 @@ def layout_of(
                 f"{list(attention_mask.shape)}; elastic attention is causal, with no other mask."
             )
         mask = attention_mask.to(device=device, dtype=torch.bool)
+        seen = (past if isinstance(past, int) else 0) + queries
+        if mask.shape[1] < seen:
+            raise ValueError(
+                f"attention_mask covers {mask.shape[1]} positions, but cache and input hold "
+                f"{seen}; pass the mask of all of them."
+            )
+        if first and position_ids is not None:
+            goes_on = (position_ids.diff() == 1) | ~(mask[:, 1:seen] & mask[:, : seen - 1])
+            if not bool(goes_on.all()):
+                raise ValueError(
+                    "position_ids start over between valid tokens, and attention_mask was given; "
+                    "packed sequences have no padding, so pass no attention_mask."
+                )
         # A static cache is longer than what has been seen so far.
         mask = pad(mask, (0, keys - mask.shape[1]))
         return SequenceLayout.from_attention_mask(mask, _offset(past, queries, keys, batch, device))
-    if not has_cache and position_ids is not None and queries > 1:
-        packed = _packed_positions(position_ids, batch)
-        if packed is not None:
-            return SequenceLayout.packed(packed.to(device))
+    if first and position_ids is not None and queries > 1:
+        if batch == 1:
+            lengths = packed_lengths(position_ids)
+            if lengths.numel() > 2:
+                return SequenceLayout.packed(lengths.to(device))
+        elif bool((position_ids.diff() != 1).any()):
+            raise ValueError(
+                f"position_ids start over inside a batch of {batch} rows; pack sequences into one "
+                "row, or pad them and pass an attention_mask."
+            )
     offset = _offset(past, queries, keys, batch, device)
     if offset is None:
         return SequenceLayout.dense()
@@ -80,21 +97,10 @@ def _offset(
     return torch.as_tensor(past, device=device).long().expand(batch)
 
 
-def _packed_positions(position_ids: Tensor, batch: int) -> Tensor | None:
-    """Cumulative lengths if the positions of a batch of one row start over; else None."""
-    starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    if batch == 1 and position_ids.shape[0] == 1:
-        inner = starts[0].nonzero().flatten() + 1
-        if inner.numel() == 0:
-            return None
-        total = inner.new_tensor([position_ids.shape[1]])
-        return torch.cat([inner.new_zeros(1), inner, total])
-    if bool(starts.any()):
-        raise ValueError(
-            f"position_ids start over inside a batch of {batch} rows; pack sequences into one row, "
-            "or pad them and pass an attention_mask."
-        )
-    return None
+def packed_lengths(position_ids: Tensor) -> Tensor:
+    """Cumulative lengths of the sequences in one row: positions ``[1, T]`` start over at each."""
+    inner = (position_ids[0].diff() != 1).nonzero().flatten() + 1
+    return pad(pad(inner, (1, 0)), (0, 1), value=position_ids.shape[1])
 
 
 def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:

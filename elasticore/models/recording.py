@@ -122,6 +122,10 @@ class Trace:
             "esr_last_query": plan.esr(segments, "last_query", selection).cpu(),
         }
 
+    def start(self) -> None:
+        """A pass begins; forget what one that failed midway has left."""
+        self._layers, self._about = {}, None
+
     def finish(self, seconds: float) -> None:
         """The pass under way is over."""
         if self._about is None:

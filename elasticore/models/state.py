@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,22 +11,44 @@ import torch
 from torch import Tensor, nn
 
 from elasticore.attention import AttentionRequest, hybrid_head_attention
+from elasticore.backends.registry import current_backend
 from elasticore.errors import ElasticoreError
 from elasticore.layout import Segments, SequenceLayout
 from elasticore.models.config import ElasticConfig
 from elasticore.models.families import KeyTap
-from elasticore.models.layouts import layout_of
+from elasticore.models.layouts import layout_of, packed_lengths
 from elasticore.models.recording import active_traces
 from elasticore.plan import HeadMode, HeadPlan
 from elasticore.router import Routing
 
 __all__ = ["LayerState", "ModelState"]
 
+IMPLEMENTATION = "elasticore"
+"""What elastic layers are called among transformers' attention implementations."""
 STATE = "_elasticore"
 """Attribute that holds a model's :class:`ModelState` and an attention module's LayerState."""
 ROUTER = "attention_router"
 """Submodule of an attention module that routes its heads."""
 _ROUTINGS = "_elasticore_decisions"  # attribute of a cache: {layer: int8 [sequences, kv_heads]}
+
+
+class _Now(threading.local):
+    """The pass under way, each thread's own: threads may run one model at the same time."""
+
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        """Forget the pass before, which may have failed midway."""
+        self.layout: tuple[tuple[Any, ...], SequenceLayout] | None = None
+        self.static_past: dict[int, int] = {}
+        self.started = 0.0
+        # By layer: what its hooks saw on the way to its attention.
+        self.keys: dict[int, Tensor] = {}
+        self.caches: dict[int, tuple[Any, int | Tensor]] = {}
+
+    def __reduce__(self) -> tuple[type[_Now], tuple[()]]:
+        return _Now, ()  # a copy of the model is in no pass
 
 
 @dataclass(eq=False)
@@ -48,6 +71,11 @@ class ModelState:
         How many layers the model keeps inside a window of its own.
     routings
         What each elastic layer's router decided in the latest pass that routed.
+    backend
+        The context's choice in the latest pass. Gradient checkpointing recomputes with it, in
+        whichever context and thread the backward pass runs.
+    now
+        The pass under way.
     """
 
     config: ElasticConfig
@@ -58,12 +86,18 @@ class ModelState:
     layers: list[LayerState] = field(default_factory=list)
     local_layers: int = 0
     routings: dict[int, Routing] = field(default_factory=dict)
-    _layout: tuple[tuple[Any, ...], SequenceLayout] | None = None
-    _static_past: dict[int, int] = field(default_factory=dict)
-    _started: float = 0.0
+    backend: str | None = None
+    now: _Now = field(default_factory=_Now)
 
+    @torch.compiler.disable
     def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Forward pre-hook of the base model: a new pass starts."""
+        implementation = module.config._attn_implementation  # type: ignore[union-attr]
+        if implementation != IMPLEMENTATION:
+            raise ElasticoreError(
+                f"attn_implementation was set to {implementation!r} on an elastic model; call "
+                "elasticore.restore(model) first, and elasticize it again if you like."
+            )
         for layer in module.modules():
             function = getattr(layer, "_gradient_checkpointing_func", None)
             if not (
@@ -72,32 +106,36 @@ class ModelState:
                 continue
             if getattr(function, "keywords", {}).get("use_reentrant", True):
                 raise ValueError(
-                    "gradient_checkpointing_kwargs must have use_reentrant=False: reentrant "
-                    "checkpointing gives routers wrong gradients. Call "
-                    'model.gradient_checkpointing_enable({"use_reentrant": False}).'
+                    "use_reentrant must be False: reentrant gradient checkpointing gives routers "
+                    'wrong gradients. Enable checkpointing with {"use_reentrant": False}, or with '
+                    "no arguments of its own."
                 )
         self.routings = {}
-        self._layout = None
-        self._static_past = {}
+        self.backend = current_backend()
+        self.now.start()
         if active_traces():
+            for trace in active_traces():
+                trace.start()
             _wait(module)
-            self._started = time.perf_counter()
+            self.now.started = time.perf_counter()
 
+    @torch.compiler.disable
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the base model: the pass is over."""
-        for layer in self.layers:
-            layer.keys = None
         if active_traces():
             _wait(module)
             for trace in active_traces():
-                trace.finish(time.perf_counter() - self._started)
+                trace.finish(time.perf_counter() - self.now.started)
 
-    def layout(self, past: int | Tensor, **arguments: Any) -> SequenceLayout:
+    def layout(self, past: int | Tensor, has_cache: bool, **arguments: Any) -> SequenceLayout:
         """The layout of this pass, computed by its first layer and shared with the others."""
         key = (past if isinstance(past, int) else None, *arguments.values())
-        if self._layout is None or not _same(self._layout[0], key):
-            self._layout = (key, layout_of(past=past, **arguments))
-        return self._layout[1]
+        if self.now.layout is None or not _same(self.now.layout[0], key):
+            layout = layout_of(past=past, **arguments)
+            if layout.kind == "packed" and self.local_layers:
+                _check_packed(layout, arguments["position_ids"], has_cache)
+            self.now.layout = (key, layout)
+        return self.now.layout[1]
 
     def past_of(self, cache: Any, layer: int) -> int | Tensor:
         """Positions in ``cache`` before this pass; a copy where the cache counts on the device."""
@@ -108,9 +146,9 @@ class ModelState:
         """Whether the cache held nothing before this pass; reads a device counter once a pass."""
         if isinstance(past, int):
             return past == 0
-        if id(cache) not in self._static_past:
-            self._static_past[id(cache)] = int(past)
-        return self._static_past[id(cache)] == 0
+        if id(cache) not in self.now.static_past:
+            self.now.static_past[id(cache)] = int(past)
+        return self.now.static_past[id(cache)] == 0
 
 
 @dataclass(eq=False)
@@ -120,20 +158,16 @@ class LayerState:
     index: int
     attention: nn.Module
     model: ModelState
-    keys: Tensor | None = None
-    cache: Any = None
-    past: int | Tensor = 0
 
     def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the attention module: note the cache as it is before this pass."""
-        self.cache = kwargs.get("past_key_values")
-        self.past = 0
-        if self.cache is not None:
-            self.past = self.model.past_of(self.cache, self.layer_index)
+        cache = kwargs.get("past_key_values")
+        past = 0 if cache is None else self.model.past_of(cache, self.layer_index)
+        self.model.now.caches[self.index] = cache, past
 
     def tap(self, module: nn.Module, args: Any, output: Tensor) -> None:
         """Forward hook of the tapped module: keep a reference to the keys before RoPE."""
-        self.keys = output
+        self.model.now.keys[self.index] = output
 
     @property
     def layer_index(self) -> int:
@@ -156,8 +190,13 @@ class LayerState:
     ) -> Tensor:
         """Route if this is a prefill, then run all heads in one attention call."""
         batch, query_heads, queries, head_dim = q.shape
+        # Popped: neither is ours to keep alive.
+        keys = self.model.now.keys.pop(self.index)
+        cache, past = self.model.now.caches.pop(self.index)
+        recomputing = _recomputing()
         layout = self.model.layout(
-            self.past,
+            past,
+            cache is not None,
             attention_mask=attention_mask,
             position_ids=kwargs.get("position_ids"),
             cu_queries=kwargs.get("cu_seq_lens_q"),
@@ -165,29 +204,28 @@ class LayerState:
             batch=batch,
             queries=queries,
             keys=k.shape[2],
-            has_cache=self.cache is not None,
             device=q.device,
         )
         segments = layout.segments(batch, queries, k.shape[2], q.device)
-        prefill = self.cache is None or self.model.is_empty(self.cache, self.past)
+        prefill = cache is None or self.model.is_empty(cache, past)
         if prefill:
-            assert self.keys is not None
-            tapped = self.model.family.keys(self.keys, query_heads, k.shape[1], head_dim)
+            tapped = self.model.family.keys(keys, query_heads, k.shape[1], head_dim)
             routing = self.router(tapped, segments)
-            self.model.routings[self.index] = routing
             decisions = routing.decisions
-            if self.cache is not None:
-                if not hasattr(self.cache, _ROUTINGS):
-                    setattr(self.cache, _ROUTINGS, {})
-                getattr(self.cache, _ROUTINGS)[self.index] = decisions
+            if not recomputing:
+                self.model.routings[self.index] = routing
+            if cache is not None:
+                if not hasattr(cache, _ROUTINGS):
+                    setattr(cache, _ROUTINGS, {})
+                getattr(cache, _ROUTINGS)[self.index] = decisions
             plan = self._plan(routing)
         else:
-            decisions = self._remembered(segments)
+            decisions = self._remembered(cache, segments)
             plan = self._continue(decisions, queries)
-        self.keys = self.cache = None  # neither is ours to keep alive
-        if active_traces():
+        if active_traces() and not recomputing:
             self._record(q, k, v, plan, layout, segments, decisions, prefill, scale)
-        return hybrid_head_attention(q, k, v, plan, layout=layout, scale=scale)
+        backend = self.model.backend if recomputing else None
+        return hybrid_head_attention(q, k, v, plan, layout=layout, scale=scale, backend=backend)
 
     def _plan(self, routing: Routing) -> HeadPlan:
         config = self.model.config
@@ -200,8 +238,8 @@ class LayerState:
         modes = torch.where(decisions > 0, int(config.sparse), int(config.retrieval))
         return modes.to(torch.int8)
 
-    def _remembered(self, segments: Segments) -> Tensor:
-        decisions = getattr(self.cache, _ROUTINGS, {}).get(self.index)
+    def _remembered(self, cache: Any, segments: Segments) -> Tensor:
+        decisions = getattr(cache, _ROUTINGS, {}).get(self.index)
         if decisions is None:
             raise ElasticoreError(
                 "past_key_values was filled before this model was elastic, so nothing says how its "
@@ -240,7 +278,7 @@ class LayerState:
     ) -> None:
         with torch.no_grad():
             selection = None
-            if plan.selector is not None:
+            if plan.selector is not None and bool((plan.modes == int(HeadMode.SELECTED)).any()):
                 selection = plan.selector.select(
                     q,
                     k,
@@ -253,12 +291,28 @@ class LayerState:
                 trace.add(self, plan, segments, selection, decisions, prefill, request)
 
 
+def _check_packed(layout: SequenceLayout, position_ids: Tensor | None, has_cache: bool) -> None:
+    """Raise unless a model's own sliding-window layers tell the packed sequences apart as well."""
+    assert layout.cu_queries is not None
+    lengths = None if position_ids is None else packed_lengths(position_ids).tolist()
+    if has_cache or lengths != layout.cu_queries.tolist():
+        raise ValueError(
+            "position_ids must start over at every packed sequence, and use_cache be False: this "
+            "model's own sliding-window layers know packed sequences by nothing else."
+        )
+
+
 def _same(first: tuple[Any, ...], second: tuple[Any, ...]) -> bool:
     """Equal values, and tensors that are the same objects."""
     return all(
         a is b if isinstance(a, Tensor) or isinstance(b, Tensor) else a == b
         for a, b in zip(first, second, strict=True)
     )
+
+
+def _recomputing() -> bool:
+    """Whether gradient checkpointing runs this forward again, inside the backward pass."""
+    return torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1
 
 
 def _wait(module: nn.Module) -> None:

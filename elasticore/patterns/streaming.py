@@ -53,7 +53,7 @@ class Streaming:
             if value % block_size:
                 below = value // block_size * block_size
                 raise ValueError(
-                    f"{name}={value} is no multiple of block_size={block_size}; use "
+                    f"streaming {name}={value} is no multiple of block_size={block_size}; use "
                     f"{below + block_size}{f' or {below}' if below else ''}, or another block_size."
                 )
         return self.sink // block_size, self.local // block_size

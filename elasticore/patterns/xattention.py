@@ -60,6 +60,8 @@ class XAttention(BlockSelector):
             raise TypeError(f"threshold must be a float in (0, 1], got {self.threshold!r}.")
         if not 0 < self.threshold <= 1:
             raise ValueError(f"threshold must be in (0, 1], got {self.threshold}.")
+        if not isinstance(self.official_quirk, bool):
+            raise TypeError(f"official_quirk must be a bool, got {self.official_quirk!r}.")
 
     def check(self, block_size: int) -> None:
         """Raise ``ValueError`` unless ``stride`` divides ``block_size``."""

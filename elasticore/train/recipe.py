@@ -39,6 +39,8 @@ class Recipe:
         Settings of :class:`ElasticConfig`.
     signed
         The paper's signed penalty (True) or the official code's absolute one (False).
+    multiplier_init
+        Range that the multipliers start in.
     temperature
         ``{name: cosine | exponential, ...}``, see :mod:`elasticore.router.schedule`.
     max_steps, batch_size, accumulation
@@ -70,6 +72,7 @@ class Recipe:
     accumulation: int = 48
     router_lr: float = 5e-4
     multiplier_lr: float = 1e-3
+    multiplier_init: tuple[float, float] = (0.0, 0.5)
     weight_decay: float = 0.1
     warmup_ratio: float = 0.2
     max_grad_norm: float = 5.0
@@ -142,7 +145,9 @@ def train(recipe: Recipe, output: str | Path, *, resume: str | Path | None = Non
     with use_backend(recipe.backend):  # unknown or unavailable: said now, not after loading
         pass
     config = ElasticConfig.from_dict(recipe.elastic)
-    objective = LagrangianObjective(recipe.targets, recipe.signed, seed=recipe.seed)
+    objective = LagrangianObjective(
+        recipe.targets, recipe.signed, recipe.multiplier_init, seed=recipe.seed
+    )
     temperature = temperature_schedule(**recipe.temperature)
     model, tokenizer = load_backbone(recipe.backbone, recipe.dtype)
     dataset = _dataset(recipe, tokenizer)

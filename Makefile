@@ -1,0 +1,84 @@
+# What there is to do with this repository. `make` alone lists it.
+
+PYTHON ?= python3
+# Test processes; each uses one thread, unless OMP_NUM_THREADS says otherwise.
+WORKERS ?= 2
+# More arguments for pytest: make test ARGS='tests/router -k pooling'
+ARGS ?=
+# The oldest and the newest transformers that are supported.
+TRANSFORMERS ?= 5.17.0 5.23.0
+
+BIN := .venv/bin
+SETUP := .venv/.stamp
+# pyproject.toml asks for -q; one -v brings back pytest's normal summary line.
+PYTEST := $(BIN)/python -m pytest -v --durations=10
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-gpu test-matrix lint format docs bench clean
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(SETUP)  ## Create .venv and install the project with its development tools
+
+# torch comes first: a machine may offer several builds of it, and resolving everything at once may
+# settle on another one.
+$(SETUP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --constraint constraints.txt torch
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(SETUP)  ## Show the tiny elastic model at work
+	$(BIN)/elasticore demo
+
+test test-matrix: export OMP_NUM_THREADS ?= 1
+
+test: $(SETUP)  ## Run the tests, WORKERS at a time
+	$(PYTEST) --numprocesses $(WORKERS) $(ARGS)
+
+test-gpu: $(SETUP)  ## Run the tests that need an NVIDIA GPU
+	$(PYTEST) -m gpu $(ARGS)
+
+test-matrix: $(SETUP)  ## Test the models with the oldest and newest transformers
+	@$(MAKE) --keep-going --no-print-directory $(TRANSFORMERS:%=test-transformers-%)
+
+test-transformers-%: .venv-transformers-%/.stamp
+	.venv-transformers-$*/bin/python -m pytest -v --numprocesses $(WORKERS) \
+		-W error::DeprecationWarning:transformers -W error::FutureWarning:transformers \
+		tests/models $(ARGS)
+
+# Such an environment sees all of .venv and holds only what this transformers wants otherwise.
+.PRECIOUS: .venv-transformers-%/.stamp
+.venv-transformers-%/.stamp: $(SETUP)
+	rm -rf $(@D)
+	$(BIN)/python -m venv $(@D)
+	main=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	own=$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	echo "import site; site.addsitedir('$$main')" > "$$own/main.pth"
+	$(@D)/bin/python -m pip install transformers==$*
+	@touch $@
+
+lint: $(SETUP)  ## Check style, formatting and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(SETUP)  ## Format the code and fix what can be fixed
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+docs: $(SETUP)  ## Build the documentation into docs/_build/html; a warning is an error
+	$(BIN)/sphinx-build -W --keep-going -n -b html docs docs/_build/html
+
+# addopts of pyproject.toml skip benchmarks, and pytest-benchmark refuses to be told both.
+bench: $(SETUP)  ## Run the benchmarks (needs an NVIDIA GPU)
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
+		echo 'bench: PyTorch sees no NVIDIA GPU here, and the benchmarks time GPU kernels.'; \
+		echo 'bench: run it on a machine with one, with a CUDA build of torch.'; exit 1; }
+	$(BIN)/python -m pytest -o addopts='--strict-markers --strict-config' --benchmark-only \
+		tests/benchmarks $(ARGS)
+
+clean:  ## Remove what was built and cached; the environments stay
+	rm -rf build dist docs/_build .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find elasticore tests recipes docs -name __pycache__ -type d -prune -exec rm -rf {} +

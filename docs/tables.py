@@ -1,0 +1,138 @@
+"""Measured results as Markdown tables: a directive for these pages, a command for the README.
+
+In a page::
+
+    ```{results} tiny-elastic.json retrieval
+    :rows: needle, multikey
+    :below: gpu, date
+
+    Full attention = results.full.{row}.accuracy
+    Elastic = results.elastic.{row}.accuracy
+    ```
+
+Every column is a heading and a dotted path into ``benchmarks/results/tiny-elastic.json``, in which
+``{row}`` stands for the row's name. The values at ``below`` are printed under the table. A path
+that the file lacks is an error; a file that is missing is said to be missing.
+
+``python docs/tables.py docs/tiny.md README.md`` writes the tables of the first file into the
+second, between ``<!-- table:retrieval -->`` and ``<!-- /table:retrieval -->``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from docutils.nodes import Node
+    from sphinx.application import Sphinx
+
+RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+BLOCK = re.compile(r"^```\{results\} (\S+) (\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def look_up(results: Any, path: str) -> Any:
+    """The value at a dotted path; a key may hold dots itself."""
+    if isinstance(results, dict):
+        for end in [len(path), *(i for i in reversed(range(len(path))) if path[i] == ".")]:
+            if path[:end] in results:
+                value = results[path[:end]]
+                return value if end == len(path) else look_up(value, path[end + 1 :])
+        raise ValueError(f"there is no {path!r} among {', '.join(results)}")
+    raise ValueError(f"there is nothing below which {path!r} could be")
+
+
+def cell(value: object) -> str:
+    """One value as text: three decimals for a float, thousands apart, a dash for None."""
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:,.3f}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return str(value)
+
+
+def table(file: str, rows: str, columns: Sequence[str], below: str = "") -> str:
+    """One table as Markdown, or a sentence that says that it is not measured.
+
+    Raises
+    ------
+    ValueError
+        If a path is not in the file, or a column is not ``heading = path``.
+    """
+    source = RESULTS / file
+    if not source.is_file():
+        return f"*Not measured yet: there is no `benchmarks/results/{file}`.*"
+    results = json.loads(source.read_text(encoding="utf-8"))
+    pairs = [column.partition("=") for column in columns if column.strip()]
+    if not pairs or not all(sign for _, sign, _ in pairs):
+        raise ValueError(f"{file}: every column is 'heading = dotted path', got {list(columns)}")
+    lines = [["", *(heading.strip() for heading, _, _ in pairs)], ["---", *["--:"] * len(pairs)]]
+    for row in (name.strip() for name in rows.split(",")):
+        paths = (path.strip().replace("{row}", row) for _, _, path in pairs)
+        lines.append([f"`{row}`", *(cell(look_up(results, path)) for path in paths)])
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    facts = [path.strip() for path in below.split(",") if path.strip()]
+    if facts:
+        named = [(path.split(".")[-1].replace("_", " "), look_up(results, path)) for path in facts]
+        text += "\n\n" + "; ".join(f"{name}: {cell(value)}" for name, value in named) + "."
+    return text
+
+
+def tables_of(page: str) -> Iterator[tuple[str, str]]:
+    """Name and Markdown of every table that a page asks for."""
+    for file, name, body in BLOCK.findall(page):
+        options = dict(re.findall(r"^:(\w+): *(.*)$", body, re.MULTILINE))
+        columns = [line for line in body.splitlines() if not line.startswith(":")]
+        yield name, table(file, options["rows"], columns, options.get("below", ""))
+
+
+def fill(text: str, tables: dict[str, str]) -> str:
+    """``text`` with every table between its two comments."""
+    for name, markdown in tables.items():
+        between = rf"(<!-- table:{re.escape(name)} -->\n).*?(<!-- /table:{re.escape(name)} -->)"
+        found = re.compile(between, re.DOTALL)
+        text = found.sub(lambda m: f"{m[1]}\n{markdown}\n\n{m[2]}", text)  # noqa: B023
+    return text
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Make the ``results`` directive known to Sphinx."""
+    from docutils import nodes
+    from docutils.parsers.rst import directives
+    from docutils.statemachine import StringList
+    from sphinx.util.docutils import SphinxDirective
+
+    class Results(SphinxDirective):
+        required_arguments = 2
+        has_content = True
+        option_spec: ClassVar = {
+            "rows": directives.unchanged_required,
+            "below": directives.unchanged,
+        }
+
+        def run(self) -> list[Node]:
+            file, _ = self.arguments
+            self.env.note_dependency(str(RESULTS / file))
+            rows, below = self.options.get("rows", ""), self.options.get("below", "")
+            try:
+                text = table(file, rows, list(self.content), below)
+            except ValueError as error:
+                raise self.error(str(error)) from error
+            holder = nodes.container()
+            self.state.nested_parse(StringList(text.splitlines(), file), 0, holder)
+            return list(holder.children)
+
+    app.add_directive("results", Results)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
+
+
+if __name__ == "__main__":
+    page, target = map(Path, sys.argv[1:])
+    tables = dict(tables_of(page.read_text(encoding="utf-8")))
+    target.write_text(fill(target.read_text(encoding="utf-8"), tables), encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Tests of elasticore.models; a package, so that its files may share helpers and names."""

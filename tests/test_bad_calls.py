@@ -1,0 +1,550 @@
+"""A bad call is refused by name: 1,000 calls that are right but for one argument.
+
+To add a function, append an :class:`Entry` to ``TABLE``: the function, a maker of fresh valid
+keyword arguments (the tests check that they are), and for every argument a strategy of values that
+are wrong for it *in that valid call*. ``says`` maps an argument to the word that the message must
+hold where that is not its name; ``skip`` lists arguments that accept anything.
+
+Each bad call must raise ValueError, TypeError or UnsupportedRequest with a message that names the
+argument, and must leave the choice and the list of backends as they were.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+
+from elasticore import (
+    BlockLists,
+    HeadMode,
+    HeadPlan,
+    HybridHeadAttention,
+    SequenceLayout,
+    Streaming,
+    UnsupportedRequest,
+    Verdict,
+    XAttention,
+    current_backend,
+    hybrid_head_attention,
+    register_backend,
+    use_backend,
+)
+from elasticore.backends.registry import backends
+
+pytestmark = pytest.mark.usefixtures("clean_registry")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A function, a valid call of it, and what breaks each of its arguments."""
+
+    function: Callable[..., object]
+    valid: Callable[[], dict[str, Any]]
+    bad: Mapping[str, SearchStrategy[Any]]
+    says: Mapping[str, str] = field(default_factory=dict)
+    skip: frozenset[str] = frozenset()
+
+
+# --- Bad values ----------------------------------------------------------------------------------
+
+NUMBERS = st.integers() | st.floats()
+KINDS: dict[type, SearchStrategy[Any]] = {
+    type(None): st.none(),
+    bool: st.booleans(),
+    int: st.integers(),
+    float: st.floats(),
+    str: st.text(max_size=5),
+    bytes: st.binary(max_size=3),
+    list: st.lists(NUMBERS, max_size=3),
+    tuple: st.tuples(NUMBERS, NUMBERS),
+    dict: st.dictionaries(st.text(max_size=3), NUMBERS, max_size=2),
+    type: st.just(object),
+    object: st.builds(object),
+}
+
+
+def anything(*accepted: type) -> SearchStrategy[Any]:
+    """Values of every plain kind but those that an argument accepts."""
+    return st.one_of(*(kind for of, kind in KINDS.items() if of not in accepted))
+
+
+integer_dtypes = st.sampled_from([torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+strange_dtypes = st.sampled_from(
+    [torch.float16, torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.bool]
+)
+
+
+def one_of(*values: Any) -> SearchStrategy[Any]:
+    return st.sampled_from(values)
+
+
+def shapes(axes: int, largest: int = 4) -> SearchStrategy[list[int]]:
+    """Shapes of any number of axes but ``axes``."""
+    return st.lists(st.integers(1, largest), max_size=6).filter(lambda shape: len(shape) != axes)
+
+
+def other_text(*accepted: str) -> SearchStrategy[Any]:
+    return anything(str) | st.text().filter(lambda text: text not in accepted)
+
+
+def other_than(*accepted: int, low: int = 1, high: int = 40) -> SearchStrategy[int]:
+    return st.integers(low, high).filter(lambda value: value not in accepted)
+
+
+def ints(*values: int) -> torch.Tensor:
+    return torch.tensor(values)
+
+
+def integer_vectors(length: int, *accepted: type) -> SearchStrategy[Any]:
+    """What is wrong for an argument that wants an integer tensor ``[length]``."""
+    return st.one_of(
+        anything(*accepted),
+        st.builds(torch.zeros, shapes(1), dtype=integer_dtypes),
+        st.builds(torch.zeros, other_than(length), dtype=integer_dtypes),
+        st.builds(torch.zeros, st.just(length), dtype=strange_dtypes),
+        st.just(torch.zeros(length, dtype=torch.int64, device="meta")),
+    )
+
+
+# --- Attention calls: batch 2, 4 query heads, 2 KV heads, 5 queries of 8 keys, dimension 16 -------
+
+
+def q_like(*shape: int, **kind: Any) -> torch.Tensor:
+    return torch.zeros(shape or (2, 4, 5, 16), **kind)
+
+
+def k_like(*shape: int, **kind: Any) -> torch.Tensor:
+    return torch.zeros(shape or (2, 2, 8, 16), **kind)
+
+
+def attention_call() -> dict[str, Any]:
+    return {
+        "q": q_like(),
+        "k": k_like(),
+        "v": k_like(),
+        "plan": HeadPlan(torch.zeros(2, 2, dtype=torch.int8)),
+        "layout": SequenceLayout.padded(ints(0, 3), ints(7, 7)),
+        "scale": 0.25,
+        "backend": "serial",
+    }
+
+
+def tensors(like: Callable[..., torch.Tensor]) -> SearchStrategy[Any]:
+    """What is wrong for q, k or v, whatever the sizes of the others."""
+    batch, heads, positions, dim = like().shape
+    return st.one_of(
+        anything(),
+        st.builds(torch.zeros, shapes(4)),
+        st.builds(like, dtype=integer_dtypes),
+        st.builds(like, dtype=strange_dtypes.filter(lambda dtype: dtype != torch.float32)),
+        st.builds(lambda n: like(n, heads, positions, dim), other_than(batch, low=0)),
+        st.builds(lambda n: like(batch, heads, positions, n), other_than(dim, low=0)),
+        st.builds(
+            lambda shape, axis: like(*shape[:axis], 0, *shape[axis + 1 :]),
+            st.just((batch, heads, positions, dim)),
+            st.integers(0, 3),
+        ),
+        one_of(
+            like(device="meta"),
+            like(batch, heads, positions, 2 * dim)[..., ::2],
+            like(batch, heads, dim, positions).transpose(2, 3),
+            like().to_sparse(),
+        ),
+    )
+
+
+def plans(sequences: int, kv_heads: int) -> SearchStrategy[HeadPlan]:
+    return st.just(HeadPlan(torch.zeros(sequences, kv_heads, dtype=torch.int8)))
+
+
+def unknown_names() -> SearchStrategy[str]:
+    return st.text(max_size=8).filter(lambda name: name not in {"auto", *(b.name for b in known)})
+
+
+known = backends()
+
+ATTENTION = Entry(
+    hybrid_head_attention,
+    attention_call,
+    {
+        "q": tensors(q_like)
+        | st.builds(
+            lambda n: q_like(2, n, 5, 16),
+            st.integers(0, 20).filter(lambda n: n == 0 or n % 2),
+        )
+        | st.builds(lambda n: q_like(2, 4, n, 16), st.integers(9, 40)),  # more than keys
+        "k": tensors(k_like)
+        | st.builds(lambda n: k_like(2, n, 8, 16), other_than(2))
+        | st.builds(lambda n: k_like(2, 2, n, 16), other_than(8)),
+        "v": tensors(k_like)
+        | st.builds(lambda n: k_like(2, n, 8, 16), other_than(2))
+        | st.builds(lambda n: k_like(2, 2, n, 16), other_than(8)),
+        "plan": anything()
+        | other_than(2).flatmap(lambda n: plans(n, 2))
+        | other_than(2).flatmap(lambda n: plans(2, n))
+        | st.just(HeadPlan(torch.zeros(2, 2, dtype=torch.int8, device="meta"))),
+        "layout": anything(type(None))
+        | st.builds(lambda n: SequenceLayout.padded(ints(*[0] * n), ints(*[7] * n)), other_than(2))
+        | st.builds(lambda n: SequenceLayout.padded(ints(0, 0), ints(7, n)), st.integers(8, 99))
+        | st.builds(
+            lambda n: SequenceLayout.padded(ints(0, 0), ints(7, 7), ints(n, 0)), st.integers(4, 99)
+        )
+        | one_of(
+            SequenceLayout.padded(*(ints(0, 0).to("meta"),) * 2),
+            SequenceLayout.packed(ints(0, 5)),
+            SequenceLayout.packed(ints(0, 2, 5), ints(0, 4, 8)),
+        ),
+        "scale": anything(type(None), int, float)
+        | one_of(float("nan"), float("inf"), -float("inf"), 1j, torch.tensor(0.25)),
+        "backend": anything(type(None), str) | unknown_names(),
+    },
+)
+
+PACKED_ATTENTION = Entry(
+    hybrid_head_attention,
+    lambda: {
+        **attention_call(),
+        "q": q_like(1, 4, 5, 16),
+        "k": k_like(1, 2, 8, 16),
+        "v": k_like(1, 2, 8, 16),
+        "layout": SequenceLayout.packed(ints(0, 2, 5), ints(0, 4, 8)),
+    },
+    {
+        "plan": other_than(2).flatmap(lambda n: plans(n, 2)),
+        "layout": st.builds(lambda n: SequenceLayout.packed(ints(0, 2, n)), st.integers(6, 99))
+        | st.builds(
+            lambda n: SequenceLayout.packed(ints(0, 2, 5), ints(0, 4, n)), st.integers(9, 99)
+        ),
+    },
+    skip=frozenset({"q", "k", "v", "scale", "backend"}),  # as in ATTENTION
+)
+
+# --- Layouts -------------------------------------------------------------------------------------
+
+PADDED = Entry(
+    SequenceLayout.padded,
+    lambda: {"first": ints(0, 1, 2), "last": ints(7, 7, 7), "query_offset": ints(0, 3, 3)},
+    {
+        "first": integer_vectors(3) | st.builds(lambda n: ints(0, n, 0), st.integers(-(2**40), -1)),
+        "last": integer_vectors(3),
+        "query_offset": integer_vectors(3, type(None))
+        | st.builds(lambda n: ints(n, 0, 0), st.integers(-(2**40), -1)),
+    },
+)
+
+MASKED = Entry(
+    SequenceLayout.from_attention_mask,
+    lambda: {"mask": torch.ones(3, 6), "query_offset": ints(0, 1, 1)},
+    {
+        "mask": st.one_of(
+            anything(),
+            st.builds(torch.ones, shapes(2)),
+            st.builds(lambda n: torch.ones(n, 0), st.integers(0, 4)),
+            st.builds(
+                lambda x: torch.full((3, 6), x),
+                st.floats(width=32).filter(lambda x: x not in (0, 1)),
+            ),
+            st.builds(lambda n: torch.full((3, 6), n), st.integers(2, 2**40)),
+            st.builds(  # a hole at n
+                lambda n: torch.ones(3, 6).index_fill(1, ints(n), 0), st.integers(1, 4)
+            ),
+        ),
+        "query_offset": integer_vectors(3, type(None)),
+    },
+)
+
+PACKED = Entry(
+    SequenceLayout.packed,
+    lambda: {"cu_queries": ints(0, 2, 5), "cu_keys": ints(0, 4, 8)},
+    {
+        "cu_queries": integer_vectors(3)
+        | st.builds(lambda n: ints(n, 2, 5), st.integers(-9, 9).filter(bool))
+        | st.builds(lambda n: ints(0, n, 5), st.integers(-9, -1) | st.integers(6, 99))
+        | st.builds(lambda n: ints(0, 2, n), st.integers(7, 99)),  # more queries than keys
+        "cu_keys": integer_vectors(3, type(None))
+        | st.builds(lambda n: ints(n, 4, 8), st.integers(-9, 9).filter(bool))
+        | st.builds(lambda n: ints(0, n, 8), st.integers(-9, 1) | st.integers(9, 99))
+        | st.builds(lambda n: ints(0, 4, n), st.integers(-9, 6)),
+    },
+)
+
+LAYOUT = Entry(
+    SequenceLayout,
+    lambda: {"kind": "dense"},
+    {"kind": other_text("dense") | one_of("padded", "packed", "ragged")},
+    skip=frozenset({"first", "last", "query_offset", "cu_queries", "cu_keys"}),  # by the others
+)
+
+# --- Plans ---------------------------------------------------------------------------------------
+
+not_a_mode = anything(int) | other_than(0, 1, 2, low=-99, high=99)
+bad_streaming = st.builds(  # no multiple of the block of 32
+    Streaming,
+    other_than(*range(0, 999, 32), low=0, high=990),
+    other_than(*range(0, 999, 32), low=1, high=990),
+)
+bad_selector = anything(type(None)) | one_of(XAttention, XAttention(64), XAttention(2048))
+bad_block_size = st.one_of(
+    anything(int), other_than(16, 32, 64, 128, low=-999, high=999), one_of(16.0, 256, 8, 0)
+)
+
+
+def plan_call() -> dict[str, Any]:
+    return {
+        "modes": torch.tensor([[0, 1, 1], [0, 0, 1]], dtype=torch.int8),
+        "retrieval": HeadMode.FULL,
+        "sparse": HeadMode.STREAMING,
+        "gate": torch.tensor([[0.0, 1.0, 1.0], [0.0, 0.0, 1.0]]),
+        "streaming": Streaming(32, 64),
+        "selector": None,
+        "block_size": 32,
+    }
+
+
+def gates(*accepted: type) -> SearchStrategy[Any]:
+    return st.one_of(
+        anything(*accepted),
+        st.builds(torch.zeros, shapes(2)),
+        st.builds(lambda dtype: plan_call()["gate"].to(dtype), integer_dtypes),
+        st.builds(
+            lambda x, place: plan_call()["gate"].flatten().index_fill(0, ints(place), x).view(2, 3),
+            st.floats(width=32).filter(lambda x: x not in (0, 1)),
+            st.integers(0, 5),
+        ),
+    )
+
+
+PLAN = Entry(
+    HeadPlan,
+    plan_call,
+    {
+        "modes": st.one_of(
+            anything(),
+            st.builds(torch.zeros, shapes(2), dtype=st.just(torch.int8)),
+            st.builds(
+                lambda dtype: plan_call()["modes"].to(dtype),
+                integer_dtypes.filter(lambda dtype: dtype != torch.int8) | strange_dtypes,
+            ),
+            # 2 is SELECTED, without a selector
+            st.builds(
+                lambda n, place: (
+                    plan_call()["modes"].flatten().index_fill(0, ints(place), n).view(2, 3)
+                ),
+                st.integers(-128, -1) | st.integers(2, 127),
+                st.integers(0, 5),
+            ),
+            st.builds(  # does not fit the gate
+                lambda n: torch.zeros(2, n, dtype=torch.int8), other_than(3)
+            ),
+        ),
+        "retrieval": not_a_mode | one_of(HeadMode.SELECTED, True, 0.0),
+        "sparse": not_a_mode | one_of(HeadMode.SELECTED, True, 1.0),
+        "gate": gates(type(None))
+        | st.builds(lambda n: torch.zeros(n, 3), other_than(2))
+        | one_of(torch.zeros(2, 3), torch.zeros(2, 3, device="meta")),
+        "streaming": anything() | bad_streaming,
+        "selector": bad_selector,
+        "block_size": bad_block_size | one_of(64, 128),  # of which the window is no multiple
+    },
+    # A wrong mode or a missing selector may be told from either side.
+    says={
+        "modes": "modes|selector",
+        "retrieval": "retrieval|selector",
+        "sparse": "sparse|selector",
+    },
+    skip=frozenset({"check"}),
+)
+
+FROM_GATE = Entry(
+    HeadPlan.from_gate,
+    lambda: {name: value for name, value in plan_call().items() if name != "modes"},
+    {
+        "gate": gates(),
+        "retrieval": not_a_mode | one_of(HeadMode.SELECTED, True, 0.0),
+        "sparse": not_a_mode | one_of(HeadMode.SELECTED, True, 1.0),
+        "streaming": anything(type(None)) | bad_streaming,
+        "selector": bad_selector,
+        "block_size": bad_block_size | one_of(64, 128),
+    },
+    says={"retrieval": "retrieval|selector", "sparse": "sparse|selector"},
+)
+
+WITH_MODES = Entry(
+    HeadPlan(**plan_call()).with_modes,
+    lambda: {"modes": torch.zeros(1, 7, dtype=torch.int8)},
+    {
+        "modes": anything()
+        | st.builds(torch.zeros, shapes(2), dtype=st.just(torch.int8))
+        | st.builds(torch.zeros, st.just((2, 3)), dtype=strange_dtypes)
+    },
+)
+
+ESR = Entry(
+    HeadPlan(**plan_call()).esr,
+    lambda: {
+        "segments": SequenceLayout.dense().segments(2, 5, 8, torch.device("cpu")),
+        "definition": "causal",
+        "selection": BlockLists.from_mask(torch.ones(2, 6, 1, 1, dtype=torch.bool)),
+    },
+    {
+        "segments": anything()
+        | st.builds(
+            lambda n: SequenceLayout.dense().segments(n, 5, 8, torch.device("cpu")),
+            other_than(2, low=0),
+        )
+        | one_of(tuple(SequenceLayout.dense().segments(2, 5, 8, torch.device("cpu")))),
+        "definition": other_text("causal", "last_query"),
+        "selection": anything(type(None))
+        | st.builds(
+            lambda n, heads: BlockLists.from_mask(torch.ones(n, heads, 1, 1, dtype=torch.bool)),
+            other_than(2),
+            st.just(6),
+        )
+        | st.builds(
+            lambda heads: BlockLists.from_mask(torch.ones(2, heads, 1, 1, dtype=torch.bool)),
+            st.integers(1, 40).filter(lambda heads: heads % 3),
+        ),
+    },
+)
+
+# --- Patterns ------------------------------------------------------------------------------------
+
+no_power_of_two = st.integers(max_value=0) | st.integers(3, 2**40).filter(lambda n: n & (n - 1))
+
+STREAMING = Entry(
+    Streaming,
+    lambda: {"sink": 128, "local": 2048},
+    {
+        "sink": anything(int) | st.integers(max_value=-1),
+        "local": anything(int) | st.integers(max_value=0),
+    },
+)
+
+XATTENTION = Entry(
+    XAttention,
+    lambda: {"stride": 16, "threshold": 0.9, "official_quirk": False, "chunk": 1024},
+    {
+        "stride": anything(int) | no_power_of_two,
+        "threshold": anything(int, float)
+        | st.floats(max_value=0)
+        | st.floats(min_value=1, exclude_min=True)
+        | st.just(float("nan")),
+        "official_quirk": anything(bool),
+        "chunk": anything(int) | no_power_of_two,
+    },
+)
+
+# --- Backends ------------------------------------------------------------------------------------
+
+
+class Works(HybridHeadAttention):
+    name = "works"
+
+    @classmethod
+    def available(cls) -> Verdict:
+        return Verdict(True)
+
+    def supports(self, request: Any) -> Verdict:
+        return Verdict(True)
+
+    def attend(self, q: Any, k: Any, v: Any, plan: Any, **_: Any) -> Any:
+        return q
+
+
+class Unfinished(HybridHeadAttention):
+    name = "unfinished"
+
+
+USE_BACKEND = Entry(
+    use_backend,
+    lambda: {"name": "serial"},
+    {"name": anything(str) | unknown_names()},
+    says={"name": "backend"},
+)
+
+REGISTER_BACKEND = Entry(
+    register_backend,
+    lambda: {"name": "mine", "backend": Works, "replace": True},  # again for every example
+    {
+        "name": anything(str) | one_of("", "auto"),
+        "backend": anything()
+        | one_of(Works(), Unfinished, HybridHeadAttention, dict, Works.attend),
+    },
+    skip=frozenset({"replace"}),
+)
+
+REGISTER_TAKEN = Entry(
+    register_backend,
+    lambda: {"name": "untaken", "backend": Works, "replace": False},
+    {"name": one_of(*(info.name for info in known))},
+    skip=frozenset({"backend", "replace"}),
+)
+
+TABLE = {
+    "hybrid_head_attention": ATTENTION,
+    "hybrid_head_attention, packed": PACKED_ATTENTION,
+    "SequenceLayout": LAYOUT,
+    "SequenceLayout.padded": PADDED,
+    "SequenceLayout.from_attention_mask": MASKED,
+    "SequenceLayout.packed": PACKED,
+    "HeadPlan": PLAN,
+    "HeadPlan.from_gate": FROM_GATE,
+    "HeadPlan.with_modes": WITH_MODES,
+    "HeadPlan.esr": ESR,
+    "Streaming": STREAMING,
+    "XAttention": XATTENTION,
+    "use_backend": USE_BACKEND,
+    "register_backend": REGISTER_BACKEND,
+    "register_backend, taken": REGISTER_TAKEN,
+}
+ARGUMENTS = [(name, argument) for name, entry in TABLE.items() for argument in entry.bad]
+
+# --- The tests -----------------------------------------------------------------------------------
+
+
+def check_refused(name: str, argument: str, data: st.DataObject) -> None:
+    """The valid call with ``argument`` replaced raises, names it, and changes nothing."""
+    entry = TABLE[name]
+    before = current_backend(), [info.name for info in backends()]
+    word = entry.says.get(argument, argument)
+    value = data.draw(entry.bad[argument], label=f"{argument} of {name}")
+    with pytest.raises((ValueError, TypeError, UnsupportedRequest)) as caught:
+        entry.function(**{**entry.valid(), argument: value})
+    assert re.search(rf"\b({word})\b", str(caught.value)), f"{word} is not named"
+    assert (current_backend(), [info.name for info in backends()]) == before
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_the_call_is_valid_before_it_is_broken(name: str) -> None:
+    entry = TABLE[name]
+    entry.function(**entry.valid())
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_every_argument_is_broken(name: str) -> None:
+    entry = TABLE[name]
+    parameters = set(inspect.signature(entry.function).parameters) - {"self", "cls"}
+    assert parameters == set(entry.bad) | entry.skip
+
+
+@pytest.mark.parametrize(("name", "argument"), ARGUMENTS)
+@settings(max_examples=10)
+@given(data=st.data())
+def test_each_argument_is_checked(name: str, argument: str, data: st.DataObject) -> None:
+    check_refused(name, argument, data)
+
+
+@settings(max_examples=1000, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_a_thousand_bad_calls(data: st.DataObject) -> None:
+    name, argument = data.draw(st.sampled_from(ARGUMENTS))
+    check_refused(name, argument, data)

@@ -1,0 +1,194 @@
+"""What the documentation shows runs, and what it lists is complete.
+
+A fenced ``python`` block of a page is executed: as a doctest if it holds prompts, as a program if
+not. The blocks of a page share their names. Examples that need a large model or long are fenced as
+``{code-block} python``; they, and the README's, are compiled only.
+"""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import json
+import pkgutil
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import elasticore
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+FENCE = re.compile(r"^```(\S[^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FLAGS = doctest.NORMALIZE_WHITESPACE
+
+pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="the documentation is not here")
+
+
+def blocks(page: Path, kind: str) -> list[tuple[int, str]]:
+    """First line and text of every fenced block of a kind."""
+    text = page.read_text(encoding="utf-8")
+    return [
+        (text.count("\n", 0, found.start(2)), found[2])
+        for found in FENCE.finditer(text)
+        if found[1].strip() == kind
+    ]
+
+
+def pages_with(kind: str) -> list[Path]:
+    return [page for page in sorted(DOCS.glob("*.md")) if blocks(page, kind)]
+
+
+@pytest.mark.usefixtures("clean_registry")
+@pytest.mark.parametrize("page", pages_with("python"), ids=lambda page: page.stem)
+def test_examples_of_a_page(page):
+    names: dict[str, object] = {"__name__": "__main__"}
+    runner = doctest.DocTestRunner(optionflags=FLAGS)
+    for line, text in blocks(page, "python"):
+        if ">>>" in text:
+            test = doctest.DocTestParser().get_doctest(text, names, page.name, str(page), line)
+            runner.run(test, clear_globs=False)
+            names.update(test.globs)
+        else:
+            exec(compile("\n" * line + text, str(page), "exec"), names)
+    assert not runner.failures, "see the output for what differs"
+
+
+@pytest.mark.parametrize("page", pages_with("{code-block} python"), ids=lambda page: page.stem)
+def test_other_examples_are_python(page):
+    for line, text in blocks(page, "{code-block} python"):
+        compile("\n" * line + text, str(page), "exec")
+
+
+def test_the_readme_is_python():
+    for line, text in blocks(ROOT / "README.md", "python"):
+        compile("\n" * line + text, "README.md", "exec")
+
+
+def modules() -> list[str]:
+    found = pkgutil.walk_packages(elasticore.__path__, "elasticore.")
+    names = sorted(info.name for info in found)
+    return ["elasticore", *(name for name in names if not name.endswith("__main__"))]
+
+
+@pytest.mark.usefixtures("clean_registry")
+@pytest.mark.parametrize("name", modules())
+def test_examples_of_a_module(name):
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("elasticore"):
+            raise
+        pytest.skip(f"needs {error.name}")
+    assert not doctest.testmod(module, optionflags=FLAGS).failed
+
+
+def test_every_public_name_is_in_the_reference():
+    documented = set()
+    for page in (DOCS / "api").glob("*.md"):
+        for name in re.findall(r"automodule:: (\S+)", page.read_text(encoding="utf-8")):
+            module = importlib.import_module(name)
+            documented |= set(getattr(module, "__all__", vars(module)))
+    missing = set(elasticore.__all__) - documented - {"__version__"}
+    assert not missing, f"add them to a page of docs/api: {sorted(missing)}"
+
+
+def test_every_family_is_in_the_table():
+    table = (DOCS / "models.md").read_text(encoding="utf-8")
+    missing = [
+        f for f, tap in elasticore.FAMILIES.items() if f"| `{f}` | `{tap.module}`" not in table
+    ]
+    assert not missing, f"add them to the table in docs/models.md: {missing}"
+
+
+def test_every_option_is_in_the_command_line_page():
+    typer = pytest.importorskip("typer")
+    cli = importlib.import_module("elasticore.cli")
+    page = (DOCS / "cli.md").read_text(encoding="utf-8")
+    for name, command in typer.main.get_command(cli.app).commands.items():
+        part = re.search(rf"^## {name}$(.*?)(^## |\Z)", page, re.MULTILINE | re.DOTALL)
+        assert part, f"docs/cli.md has no section {name}"
+        for parameter in command.params:
+            options = [*parameter.opts, *parameter.secondary_opts]
+            assert any(f"`{option}`" in part[1] for option in options), (name, options)
+
+
+def test_recipes_of_the_training_page_load(tmp_path):
+    yaml = pytest.importorskip("yaml")
+    recipe = importlib.import_module("elasticore.train.recipe")
+    found = blocks(DOCS / "training.md", "yaml")
+    assert found
+    for _, text in found:
+        assert isinstance(yaml.safe_load(text), dict)
+        (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
+        loaded = recipe.Recipe.load(tmp_path / "recipe.yaml")
+        elasticore.ElasticConfig.from_dict(loaded.elastic)
+        elasticore.LagrangianObjective(loaded.targets)
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(DOCS), *sys.path])
+    return importlib.import_module("tables")
+
+
+RESULT = {
+    "gpu": "a GPU",
+    "settings": {"samples_per_task": 1000},
+    "figures": {"full": {"needle": 0.98765, "code": 1.0, "code.answer": None}, "steps": 5},
+}
+
+
+@pytest.fixture
+def measured(tables, tmp_path, monkeypatch):
+    (tmp_path / "one.json").write_text(json.dumps(RESULT), encoding="utf-8")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+
+
+@pytest.mark.usefixtures("measured")
+def test_results_become_a_table(tables):
+    columns = ["Full = figures.full.{row}", "", "Steps = figures.steps"]
+    text = tables.table(
+        "one.json", "needle, code.answer", columns, "gpu, settings.samples_per_task"
+    )
+    assert text.splitlines() == [
+        "|  | Full | Steps |",
+        "| --- | --: | --: |",
+        "| `needle` | 0.988 | 5 |",
+        "| `code.answer` | – | 5 |",
+        "",
+        "gpu: a GPU; samples per task: 1,000.",
+    ]
+
+
+@pytest.mark.usefixtures("measured")
+def test_a_path_that_the_results_lack_is_an_error(tables):
+    with pytest.raises(ValueError, match="no 'prose' among needle, code"):
+        tables.table("one.json", "prose", ["Full = figures.full.{row}"])
+    with pytest.raises(ValueError, match="nothing below which 'more'"):
+        tables.table("one.json", "prose", ["Steps = figures.steps.more"])
+    with pytest.raises(ValueError, match="every column is 'heading = dotted path'"):
+        tables.table("one.json", "needle", ["figures.full.{row}"])
+
+
+def test_results_that_are_missing_are_said_to_be(tables):
+    assert tables.table("none.json", "needle", []).startswith("*Not measured yet")
+
+
+@pytest.mark.usefixtures("measured")
+def test_tables_of_a_page_are_written_into_another(tables):
+    page = "```{results} one.json first\n:rows: needle\n\nFull = figures.full.{row}\n```\n"
+    before = "a\n<!-- table:first -->\nold\n<!-- /table:first -->\nb\n"
+    after = tables.fill(before, dict(tables.tables_of(page)))
+    table = "|  | Full |\n| --- | --: |\n| `needle` | 0.988 |"
+    assert after == f"a\n<!-- table:first -->\n\n{table}\n\n<!-- /table:first -->\nb\n"
+
+
+@pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="the results are not here")
+def test_the_tables_of_the_readme_are_the_results(tables):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    page = (DOCS / "tiny.md").read_text(encoding="utf-8")
+    current = tables.fill(readme, dict(tables.tables_of(page)))
+    assert readme == current, "run: python docs/tables.py docs/tiny.md README.md"
