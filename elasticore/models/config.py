@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from elasticore.checks import check_int
 from elasticore.patterns import BlockSelector, Streaming, XAttention
 from elasticore.patterns.registry import selector_from_dict, selector_to_dict
 from elasticore.plan import HeadMode, HeadPlan, check_block_size
@@ -83,14 +84,8 @@ class ElasticConfig:
             if not isinstance(self.selector, BlockSelector):
                 raise TypeError(f"selector must be a BlockSelector, got {self.selector!r}.")
             self.selector.check(self.block_size)
-        for name, optional in (("boundary", True), ("hidden_multiplier", False)):
-            value = getattr(self, name)
-            if optional and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an int{' or None' * optional}, got {value!r}.")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+        check_int("boundary", self.boundary, 1, optional=True)
+        check_int("hidden_multiplier", self.hidden_multiplier, 1)
         for name, accepted in (("sampler", _SAMPLERS), ("decode", _DECODE)):
             if getattr(self, name) not in accepted:
                 raise ValueError(

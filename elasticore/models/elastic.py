@@ -185,7 +185,10 @@ def _routers(layers: Sequence[nn.Module], config: ElasticConfig) -> list[nn.Modu
 
 
 def _policies(layers: Sequence[nn.Module], policies: Iterable[nn.Module]) -> list[nn.Module]:
-    made = list(policies)
+    try:
+        made = list(policies)
+    except TypeError:
+        raise TypeError(f"policies must be a sequence of modules, got {policies!r}.") from None
     if len(made) != len(layers):
         raise ValueError(
             f"policies must hold one module per elastic layer ({len(layers)}), got {len(made)}."

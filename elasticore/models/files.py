@@ -19,7 +19,7 @@ from elasticore.models.elastic import _check_model, _state, elasticize, is_elast
 from elasticore.models.families import attention_layers, family_of
 from elasticore.router import AttentionRouter
 
-__all__ = ["RouterMismatch", "fingerprint", "load_router", "save_router"]
+__all__ = ["RouterMismatch", "RouterNotFound", "fingerprint", "load_router", "save_router"]
 
 WEIGHTS, SETTINGS = "router.safetensors", "router.json"
 FORMAT = 1
@@ -30,6 +30,10 @@ Model = TypeVar("Model", bound=nn.Module)
 
 class RouterMismatch(ElasticoreError, ValueError):
     """Routers that were trained for another model than the one they are loaded into."""
+
+
+class RouterNotFound(ElasticoreError, FileNotFoundError, ValueError):
+    """No routers where they were said to be, neither on disk nor on the hub."""
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
@@ -145,8 +149,10 @@ def load_router(
 
     Raises
     ------
-    FileNotFoundError
-        If ``path`` is no directory with the two files.
+    RouterNotFound
+        If ``path`` is no directory with the two files, and the hub has none.
+    TypeError
+        If ``path`` is no str or Path.
     RouterMismatch
         If the routers belong to another model; the message says in what it differs.
     ValueError
@@ -200,14 +206,16 @@ def load_router(
 
 
 def _folder(path: str | Path, revision: str | None) -> Path:
+    if not isinstance(path, (str, Path)):
+        raise TypeError(f"path must be a str or a Path, got {path!r}.")
     folder = Path(path)
     if not folder.is_dir():
         if not isinstance(path, str) or not _HUB_ID.match(path):
-            raise FileNotFoundError(f"path {path} is neither a directory nor a hub id user/name.")
+            raise RouterNotFound(f"path {path} is neither a directory nor a hub id user/name.")
         folder = _download(path, revision)
     missing = [name for name in (WEIGHTS, SETTINGS) if not (folder / name).is_file()]
     if missing:
-        raise FileNotFoundError(f"path {path} has no {' and no '.join(missing)}.")
+        raise RouterNotFound(f"path {path} has no {' and no '.join(missing)}.")
     return folder
 
 
@@ -219,7 +227,7 @@ def _download(hub_id: str, revision: str | None) -> Path:
             snapshot_download(hub_id, revision=revision, allow_patterns=[WEIGHTS, SETTINGS])
         )
     except Exception as error:  # the hub client raises many kinds; all mean the same to the caller
-        raise FileNotFoundError(
+        raise RouterNotFound(
             f"path {hub_id} is no directory, and the hub did not give it: {error}"
         ) from error
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from elasticore.checks import check_int, check_number
 from elasticore.layout import Segments
 from elasticore.plan import HeadMode
 from elasticore.router.routing import Routing
@@ -110,11 +111,10 @@ def random_head_table(layers: int, kv_heads: int, msr: float, seed: int) -> Tens
     Tensor
         bool ``[layers, kv_heads]`` on the CPU; True = sparse.
     """
-    for name, value in (("layers", layers), ("kv_heads", kv_heads)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value!r}.")
-    if not 0 <= msr <= 1:
-        raise ValueError(f"msr must be from 0 to 1, got {msr!r}.")
+    check_int("layers", layers, 1)
+    check_int("kv_heads", kv_heads, 1)
+    check_number("msr", msr, 0, 1)
+    check_int("seed", seed, 0)
     heads = layers * kv_heads
     order = torch.randperm(heads, generator=torch.Generator().manual_seed(seed))
     # round, not int: (1 - 0.9) * 10 is 0.9999999999999998 and means 1.
@@ -123,7 +123,10 @@ def random_head_table(layers: int, kv_heads: int, msr: float, seed: int) -> Tens
 
 def _integers(name: str, value: object, ndim: int, highest: int) -> Tensor:
     """``value`` as an int8 copy with ``ndim`` axes and values from 0 to ``highest``."""
-    tensor = torch.as_tensor(value)
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be a tensor or a sequence of ints, got {value!r}.") from None
     if tensor.is_floating_point() or tensor.is_complex():
         raise TypeError(f"{name} must be bool or integer, got {tensor.dtype}; threshold it first.")
     if tensor.ndim != ndim or tensor.numel() == 0:

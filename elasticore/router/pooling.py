@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from elasticore.checks import check_int
 from elasticore.layout import Segments
 
 __all__ = ["pool_boundary"]
@@ -112,13 +113,13 @@ def _check(keys: Tensor, segments: Segments, boundary: int | None) -> None:
         raise ValueError(
             f"keys must be [batch, tokens, kv_heads, head_dim], got shape {list(keys.shape)}."
         )
+    if not isinstance(segments, Segments):
+        raise TypeError(
+            f"segments must be the Segments of a layout, got {type(segments).__name__}; see "
+            "SequenceLayout.segments."
+        )
     if segments.row.device != keys.device:
         raise ValueError(
             f"segments are on {segments.row.device} but keys are on {keys.device}; move them there."
         )
-    if boundary is None:
-        return
-    if isinstance(boundary, bool) or not isinstance(boundary, int):
-        raise TypeError(f"boundary must be an int (tokens) or None, got {boundary!r}.")
-    if boundary < 1:
-        raise ValueError(f"boundary must be at least 1 token, or None for all, got {boundary}.")
+    check_int("boundary", boundary, 1, optional=True)

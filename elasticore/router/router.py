@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from elasticore.checks import check_int
 from elasticore.layout import Segments
 from elasticore.router.pooling import pool_boundary
 from elasticore.router.routing import Routing
@@ -59,14 +60,9 @@ class AttentionRouter(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        sizes = {"head_dim": head_dim, "hidden_multiplier": hidden_multiplier}
-        if boundary is not None:
-            sizes["boundary"] = boundary
-        for name, value in sizes.items():
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an int, got {value!r}.")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+        check_int("head_dim", head_dim, 1)
+        check_int("hidden_multiplier", hidden_multiplier, 1)
+        check_int("boundary", boundary, 1, optional=True)
         self.head_dim = head_dim
         self.hidden_multiplier = hidden_multiplier
         self.boundary = boundary

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from elasticore.checks import check_int
+
 __all__ = ["LagrangianObjective", "SparsityPenalty"]
 
 
@@ -71,6 +73,13 @@ class LagrangianObjective(nn.Module):
         seed: int | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(targets, Mapping):
+            raise TypeError(f"targets must map task names to targets, got {targets!r}.")
+        check_int("seed", seed, optional=True)
+        if not isinstance(init, (tuple, list)) or not all(
+            isinstance(v, (int, float)) for v in init
+        ):
+            raise TypeError(f"init must be a pair of numbers (low, high), got {init!r}.")
         if not targets:
             raise ValueError("targets must name at least one task, such as {'qa': 0.7}, got none.")
         bounds = {str(task): _bounds(task, target) for task, target in targets.items()}

@@ -195,7 +195,7 @@ def test_nothing_is_read_on_the_host(boundary):
         (torch.ones(1, 4, 2, 8, dtype=torch.int64), 2, TypeError, "keys must be a float tensor"),
         ([1.0], 2, TypeError, "keys must be a float tensor, got list"),
         (torch.ones(4, 2, 8), 2, ValueError, r"got shape \[4, 2, 8\]"),
-        (torch.ones(1, 4, 2, 8), 0, ValueError, "boundary must be at least 1 token"),
+        (torch.ones(1, 4, 2, 8), 0, ValueError, "boundary must be at least 1"),
         (torch.ones(1, 4, 2, 8), 2.0, TypeError, "boundary must be an int"),
         (torch.ones(1, 4, 2, 8), True, TypeError, "boundary must be an int"),
         (torch.ones(1, 4, 2, 8, device="meta"), 2, ValueError, "segments are on cpu but keys"),
