@@ -40,12 +40,21 @@ test: $(SETUP)  ## Run the tests, WORKERS at a time
 test-gpu: $(SETUP)  ## Run the tests that need an NVIDIA GPU
 	$(PYTEST) -m gpu $(ARGS)
 
+# The ini option, not -W: it matches the modules inside transformers as well.
+define STRICT
+error::DeprecationWarning:transformers
+error::FutureWarning:transformers
+error::DeprecationWarning:elasticore
+error::FutureWarning:elasticore
+endef
+export STRICT
+
 test-matrix: $(SETUP)  ## Test the models with the oldest and newest transformers
 	@$(MAKE) --keep-going --no-print-directory $(TRANSFORMERS:%=test-transformers-%)
 
 test-transformers-%: .venv-transformers-%/.stamp
 	.venv-transformers-$*/bin/python -m pytest -v --numprocesses $(WORKERS) \
-		-W error::DeprecationWarning:transformers -W error::FutureWarning:transformers \
+		-o filterwarnings="$$STRICT" \
 		tests/models $(ARGS)
 
 # Such an environment sees all of .venv and holds only what this transformers wants otherwise.

@@ -211,6 +211,7 @@ def _attach(
     setattr(elastic_config, function.ORIGINAL, original._attn_implementation)
     elastic_config._attn_implementation = function.IMPLEMENTATION
     local = {id(layer) for layer in attention_layers(model)} - {id(layer) for layer in layers}
+    state.snapshot = elastic_config.to_dict()
     setattr(model, STATE, state)
     for module in model.modules():
         if getattr(module, "config", None) is original and id(module) not in local:
@@ -235,8 +236,16 @@ def _attach(
 def _detach(model: nn.Module, state: ModelState) -> None:
     for handle in state.handles:
         handle.remove()
+    config = state.original
+    if state.reconfigured:
+        own: Any = state.reconfigured[0].config
+        if own.to_dict() != state.snapshot and own._attn_implementation == function.IMPLEMENTATION:
+            # Changed while elastic, as by resize_token_embeddings: what changed must not be lost.
+            config = own
+            config._attn_implementation = state.original._attn_implementation
+            delattr(config, function.ORIGINAL)
     for module in state.reconfigured:
-        module.config = state.original
+        module.config = config
     for one in state.layers:
         one.attention._modules.pop(ROUTER, None)
         one.attention.__dict__.pop(STATE, None)

@@ -17,6 +17,7 @@ from elasticore.layout import Segments, SequenceLayout
 from elasticore.models.config import ElasticConfig
 from elasticore.models.families import KeyTap
 from elasticore.models.layouts import layout_of, packed_lengths
+from elasticore.models.memory import recall, remember
 from elasticore.models.recording import active_traces
 from elasticore.plan import HeadMode, HeadPlan
 from elasticore.router import Routing
@@ -29,7 +30,6 @@ STATE = "_elasticore"
 """Attribute that holds a model's :class:`ModelState` and an attention module's LayerState."""
 ROUTER = "attention_router"
 """Submodule of an attention module that routes its heads."""
-_ROUTINGS = "_elasticore_decisions"  # attribute of a cache: {layer: int8 [sequences, kv_heads]}
 
 
 class _Now(threading.local):
@@ -63,6 +63,8 @@ class ModelState:
         The model's own config object, which :func:`restore` puts back.
     reconfigured
         Modules whose ``config`` was replaced.
+    snapshot
+        The elastic config as it was made, to notice what a user changes in it.
     handles
         Hooks to remove.
     layers
@@ -82,6 +84,7 @@ class ModelState:
     original: Any
     family: KeyTap
     reconfigured: list[nn.Module] = field(default_factory=list)
+    snapshot: dict[str, Any] = field(default_factory=dict)
     handles: list[Any] = field(default_factory=list)
     layers: list[LayerState] = field(default_factory=list)
     local_layers: int = 0
@@ -208,24 +211,41 @@ class LayerState:
         )
         segments = layout.segments(batch, queries, k.shape[2], q.device)
         prefill = cache is None or self.model.is_empty(cache, past)
+        tapped = self.model.family.keys(keys, query_heads, k.shape[1], head_dim)
         if prefill:
-            tapped = self.model.family.keys(keys, query_heads, k.shape[1], head_dim)
-            routing = self.router(tapped, segments)
+            routing = self._route(tapped, segments)
             decisions = routing.decisions
             if not recomputing:
                 self.model.routings[self.index] = routing
             if cache is not None:
-                if not hasattr(cache, _ROUTINGS):
-                    setattr(cache, _ROUTINGS, {})
-                getattr(cache, _ROUTINGS)[self.index] = decisions
+                remember(cache, self.index, decisions)
             plan = self._plan(routing)
         else:
             decisions = self._remembered(cache, segments)
+            if layout.kind == "padded" and queries > 1:
+                decisions = self._route_late(tapped, segments, decisions)
+                remember(cache, self.index, decisions)
             plan = self._continue(decisions, queries)
         if active_traces() and not recomputing:
             self._record(q, k, v, plan, layout, segments, decisions, prefill, scale)
         backend = self.model.backend if recomputing else None
         return hybrid_head_attention(q, k, v, plan, layout=layout, scale=scale, backend=backend)
+
+    def _route(self, keys: Tensor, segments: Segments) -> Routing:
+        routing = self.router(keys, segments)
+        if not isinstance(routing, Routing):
+            raise TypeError(
+                f"policies must return a Routing, got {type(routing).__name__} from "
+                f"{type(self.router).__name__}."
+            )
+        return routing
+
+    def _route_late(self, keys: Tensor, segments: Segments, decisions: Tensor) -> Tensor:
+        """Decide now for the rows whose prompt begins in this chunk: those before were padding."""
+        begins = (segments.key_length == segments.query_length) & (segments.query_length > 0)
+        chunk = segments._replace(key_start=segments.query_start, key_length=segments.query_length)
+        late = self._route(keys, chunk).decisions
+        return torch.where(begins[:, None], late, decisions)
 
     def _plan(self, routing: Routing) -> HeadPlan:
         config = self.model.config
@@ -239,7 +259,7 @@ class LayerState:
         return modes.to(torch.int8)
 
     def _remembered(self, cache: Any, segments: Segments) -> Tensor:
-        decisions = getattr(cache, _ROUTINGS, {}).get(self.index)
+        decisions = recall(cache, self.index)
         if decisions is None:
             raise ElasticoreError(
                 "past_key_values was filled before this model was elastic, so nothing says how its "

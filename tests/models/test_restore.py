@@ -281,3 +281,30 @@ def test_another_attention_implementation_is_refused_until_restored() -> None:
         with pytest.raises(ElasticoreError, match=r"'eager' on an elastic model.*restore"):
             model(PROMPT)
         elasticore.restore(model)
+
+
+def test_what_was_changed_while_elastic_is_not_lost() -> None:
+    model = tiny()
+    original = model.config
+    elastic(model)
+    model.resize_token_embeddings(140, mean_resizing=False)
+    elasticore.restore(model)
+    assert model.config.vocab_size == 140 == model.get_input_embeddings().weight.shape[0]
+    assert model.config._attn_implementation == original._attn_implementation == "sdpa"
+    assert original.vocab_size == 128, "another model may share it"
+    assert not any("elasticore" in key for key in model.config.to_dict())
+    model(tokens(1, 20))
+
+
+def test_a_policy_that_returns_no_routing_is_named() -> None:
+    model = tiny()
+    elasticore.elasticize(model, SETTINGS, policies=[Shrug() for _ in range(3)])
+    with pytest.raises(TypeError, match="policies must return a Routing, got NoneType from Shrug"):
+        model(tokens(1, 20))
+
+
+class Shrug(nn.Module):
+    """Decides nothing."""
+
+    def forward(self, keys: Tensor, segments: elasticore.Segments) -> None:
+        return None
