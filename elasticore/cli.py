@@ -131,10 +131,13 @@ def demo(
     Example: [bold]elasticore demo --picture routing.png[/]
     """
     with _plain_errors():
+        from transformers.utils.logging import disable_progress_bar
+
         from elasticore.backends.registry import use_backend
         from elasticore.demo import run_demo
         from elasticore.eval.plots import routing_picture
 
+        disable_progress_bar()  # one of our own is enough
         prompts = [("multikey", seed), ("tracking", seed), ("code", seed), ("code", seed + 1)]
         with use_backend(backend), err.status("loading the tiny model") as status:
             answers = run_demo(
@@ -152,42 +155,41 @@ def demo(
         rows = [{**dataclasses.asdict(a), "decisions": a.decisions.tolist()} for a in answers]
         print(json.dumps({"answers": rows, "picture": str(picture)}, indent=2))
         return
-    shown = Table(
-        "task",
-        "answer",
-        "right",
-        "full attention",
-        "Ω_MSR",
-        "Ω_ESR",
-        "prefill",
-        title=f"Tiny model, prompts of about {length:,} tokens, backend {answers[0].backend}",
-        show_lines=True,
-    )
+    shown = Table(title=f"Prompts of about {length:,} tokens, backend {answers[0].backend}")
+    for heading in ("task", "elastic", "full attention"):
+        shown.add_column(heading)
+    for heading in ("Ω_MSR", "Ω_ESR", "prefill", "full"):
+        shown.add_column(heading, justify="right", no_wrap=True)
     for answer in answers:
         shown.add_row(
             answer.task,
-            _clip(answer.text),
-            _verdict(answer, 0),
-            f"{_clip(answer.full_text)}\n{_verdict(answer, 1)}",
+            _told(answer, answer.text, 0),
+            _told(answer, answer.full_text, 1),
             f"{answer.msr:.2f}",
             f"{answer.esr:.2f}",
-            f"{answer.prefill_seconds:.2f} s\n[dim]full {answer.full_prefill_seconds:.2f} s[/]",
+            f"{answer.prefill_seconds:.2f} s",
+            f"{answer.full_prefill_seconds:.2f} s",
+            end_section=True,
         )
     out.print(shown)
     out.print(
-        "[dim]Ω_MSR: share of sparse heads. Ω_ESR: share of query-key pairs left out. Code: share "
-        "of the next tokens that are the model's first choice.[/]"
+        "[dim]Ω_MSR: share of sparse heads. Ω_ESR: share of query-key pairs left out. Retrieval "
+        "tasks are right or wrong; for code, the share of the next 256 tokens that are the model's "
+        "first choice.[/]"
     )
     out.print(f"Routing picture: [bold]{picture}[/]")
 
 
-def _verdict(answer: Any, which: int) -> str:
+def _told(answer: Any, text: str, which: int) -> str:
+    """An answer and whether it is right; ``which`` is 0 for elastic, 1 for full attention."""
     if not answer.sensitive:
-        return f"{answer.accuracy[which]:.0%} of tokens"
-    return "[green]yes[/]" if answer.correct[which] else f"[red]no[/] ({_clip(answer.expected)})"
+        return f"{answer.accuracy[which]:.0%} of tokens\n[dim]{_clip(text)}[/]"
+    if answer.correct[which]:
+        return f"[green]right[/]\n{_clip(text)}"
+    return f"[red]wrong[/]\n{_clip(text)} (not {_clip(answer.expected)})"
 
 
-def _clip(text: str, width: int = 40) -> str:
+def _clip(text: str, width: int = 34) -> str:
     text = " ".join(text.split())
     return escape(text if len(text) <= width else text[: width - 1] + "…")
 
