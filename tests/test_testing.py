@@ -24,17 +24,17 @@ from elasticore import (
     straight_through,
     testing,
 )
-from elasticore.testing import Case, Problem
+from elasticore.testing import Case, Problem, cases
 
 pytestmark = pytest.mark.usefixtures("clean_registry")
 
 AXES = {
-    "layout": testing.LAYOUTS,
-    "group": testing.GROUPS,
-    "head_dim": testing.HEAD_DIMS,
-    "length": testing.LENGTHS,
-    "queries": testing.QUERIES,
-    "preset": tuple(testing.PRESETS),
+    "layout": cases.LAYOUTS,
+    "group": cases.GROUPS,
+    "head_dim": cases.HEAD_DIMS,
+    "length": cases.LENGTHS,
+    "queries": cases.QUERIES,
+    "preset": tuple(cases.PRESETS),
 }
 TINY = (
     Case("dense", 1, 32, 129, "all", "128"),
@@ -73,7 +73,7 @@ def test_the_full_matrix_has_every_combination() -> None:
     assert set(MATRIX) <= set(cases)
 
 
-@pytest.mark.parametrize("preset", list(testing.PRESETS))
+@pytest.mark.parametrize("preset", list(cases.PRESETS))
 @pytest.mark.parametrize("length", [129, 2177])
 def test_one_token_more_than_whole_blocks_tells_the_lanes_apart(length: int, preset: str) -> None:
     problem = testing.make_problem(Case("dense", 4, 32, length, "some", preset))
@@ -375,7 +375,7 @@ def test_a_broken_backend_is_rejected(
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """check_backend on the tiny cases only."""
-    monkeypatch.setattr(testing, "matrix", lambda full=False: list(TINY))
+    monkeypatch.setattr(testing.checks, "matrix", lambda full=False: list(TINY))
 
 
 @pytest.mark.usefixtures("short")

@@ -24,6 +24,7 @@ from elasticore import (
     testing,
 )
 from elasticore.testing import Case, Problem, ScatteredBlocks
+from elasticore.testing.cases import LAYOUTS
 
 FULL, STREAMING, SELECTED = HeadMode
 PAIRS = ((FULL, STREAMING), (FULL, SELECTED), (SELECTED, STREAMING))
@@ -256,7 +257,7 @@ def test_selecting_every_block_is_full_attention() -> None:
     same(run(q, k, v, every), run(q, k, v, one_mode(FULL, 2)))
 
 
-@pytest.mark.parametrize("layout", testing.LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("queries", ["all", "some"])
 def test_xattention_reads_the_blocks_that_it_selects(layout: str, queries: str) -> None:
     problem = testing.make_problem(Case(layout, 2, 32, 129, queries, "32"), dtype=torch.float64)

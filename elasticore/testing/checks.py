@@ -1,0 +1,231 @@
+"""What a backend must do: right outputs, right gradients, the same alone, the same again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from elasticore.attention import AttentionRequest
+from elasticore.backends.registry import resolve
+from elasticore.errors import UnsupportedRequest
+from elasticore.layout import SequenceLayout
+from elasticore.plan import HeadMode
+from elasticore.testing.cases import Case, matrix
+from elasticore.testing.problems import Problem, make_problem
+from elasticore.testing.reference import dense_attention
+
+__all__ = [
+    "check_backend",
+    "check_gradients",
+    "check_output",
+    "check_repeatable",
+    "check_same_alone",
+]
+
+
+def check_output(
+    backend: str,
+    case: Case,
+    *,
+    dtype: torch.dtype = torch.float64,
+    device: str | torch.device = "cpu",
+) -> None:
+    """The output is the dense float64 one, and zero at queries of padding.
+
+    Raises
+    ------
+    AssertionError
+        With the error, the bound and the case.
+    """
+    problem = make_problem(case, dtype=dtype, device=device)
+    _require_support(backend, problem)
+    _poison_padding(problem)
+    reference = dense_attention(problem)
+    plain = reference if dtype is torch.float64 else dense_attention(problem, dtype)
+    _compare("output", problem.run(backend), reference, plain, 2, case)
+
+
+def check_gradients(
+    backend: str,
+    case: Case,
+    *,
+    modes: tuple[HeadMode, HeadMode] = (HeadMode.FULL, HeadMode.STREAMING),
+    dtype: torch.dtype = torch.float64,
+    device: str | torch.device = "cpu",
+) -> None:
+    """The gradients of q, k, v and the gate are those of the dense float64 blend, zero at padding.
+
+    Raises
+    ------
+    AssertionError
+        With the tensor's name, the error, the bound and the case.
+    """
+    problem = make_problem(case, dtype=dtype, device=device, gate=modes)
+    _require_support(backend, problem)
+    with torch.no_grad():
+        _poison_padding(problem)
+    assert problem.plan.gate is not None
+    inputs = (problem.q, problem.k, problem.v, problem.plan.gate)
+    weight = torch.randn(problem.q.shape, generator=torch.Generator().manual_seed(1))
+    weight = weight.to(device)
+
+    def gradients(out: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad((out * weight.to(out.dtype)).sum(), inputs)
+
+    ours = gradients(problem.run(backend))
+    reference = gradients(dense_attention(problem))
+    plain = reference if dtype is torch.float64 else gradients(dense_attention(problem, dtype))
+    # The reference's gradients arrive rounded to the inputs' dtype, which adds half an ulp.
+    names = ("q", "k", "v", "gate")
+    for name, mine, exact, same in zip(names, ours, reference, plain, strict=True):
+        _compare(f"gradient of {name}", mine, exact, same, 3, case)
+
+
+def check_same_alone(
+    backend: str,
+    case: Case,
+    *,
+    dtype: torch.dtype = torch.float64,
+    device: str | torch.device = "cpu",
+) -> None:
+    """Each sequence of a batch gives what it gives alone, whatever its neighbours' routing."""
+    problem = make_problem(case, dtype=dtype, device=device)
+    _require_support(backend, problem)
+    together = problem.run(backend)
+    for index, (row, q_start, q_length, k_start, k_length) in enumerate(
+        torch.stack(problem.segments(), 1).tolist()
+    ):
+        if q_length == 0:
+            continue
+        alone = problem._replace(
+            q=problem.q[row : row + 1, :, q_start : q_start + q_length],
+            k=problem.k[row : row + 1, :, k_start : k_start + k_length],
+            v=problem.v[row : row + 1, :, k_start : k_start + k_length],
+            plan=problem.plan.with_modes(problem.plan.modes[index : index + 1]),
+            layout=SequenceLayout.dense(),
+        )
+        part = together[row : row + 1, :, q_start : q_start + q_length]
+        reference = dense_attention(alone)
+        plain = reference if dtype is torch.float64 else dense_attention(alone, dtype)
+        _compare("sequence alone", alone.run(backend), reference, plain, 2, case)
+        _compare("sequence in its batch", part, reference, plain, 2, case)
+
+
+def check_repeatable(
+    backend: str,
+    case: Case,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> None:
+    """Two runs give the same bits."""
+    problem = make_problem(case, dtype=dtype, device=device)
+    _require_support(backend, problem)
+    first, second = problem.run(backend), problem.run(backend)
+    if not torch.equal(first, second):
+        raise AssertionError(f"{backend}: two runs of {case} differ.")
+
+
+def check_backend(
+    backend: str,
+    *,
+    device: str | torch.device = "cpu",
+    dtypes: Iterable[torch.dtype] = (torch.float64, torch.float32),
+    full: bool = False,
+    progress: Callable[[Iterable[Case]], Iterable[Case]] = iter,
+) -> dict[str, int]:
+    """Run the whole suite; return how many checks of each kind passed or were not supported.
+
+    Parameters
+    ----------
+    dtypes
+        What to run in; a case that the backend's ``supports`` refuses counts as ``unsupported``.
+    full
+        Every combination of the matrix, not the pairwise cover.
+    progress
+        Wraps the cases, for a progress bar.
+
+    Raises
+    ------
+    AssertionError
+        At the first check that fails, or if the backend supported none of them.
+    """
+    counts = {"output": 0, "gradients": 0, "same alone": 0, "repeatable": 0, "unsupported": 0}
+    pairs: tuple[tuple[HeadMode, HeadMode], ...] = (
+        (HeadMode.FULL, HeadMode.STREAMING),
+        (HeadMode.FULL, HeadMode.SELECTED),
+        (HeadMode.SELECTED, HeadMode.STREAMING),
+    )
+    for index, case in enumerate(progress(matrix(full))):
+        for dtype in dtypes:
+            checks: dict[str, Callable[..., None]] = {
+                "output": check_output,
+                "gradients": partial(check_gradients, modes=pairs[index % 3]),
+                "same alone": check_same_alone,
+                "repeatable": check_repeatable,
+            }
+            for kind, check in checks.items():
+                try:
+                    check(backend, case, dtype=dtype, device=device)
+                except UnsupportedRequest:
+                    counts["unsupported"] += 1
+                else:
+                    counts[kind] += 1
+    if counts["unsupported"] == sum(counts.values()):
+        raise AssertionError(
+            f"{backend} supports no case of the matrix on {device}, so nothing was shown; every "
+            "case mixes all three lanes."
+        )
+    return counts
+
+
+def _require_support(backend: str, problem: Problem) -> None:
+    request = AttentionRequest.of(problem.q, problem.k, problem.v, problem.plan, problem.layout)
+    resolve(backend, request)
+
+
+def _poison_padding(problem: Problem) -> None:
+    """Fill what no sequence owns with NaN: whoever reads it shows it."""
+    if problem.layout.kind != "padded":
+        return
+    assert problem.layout.first is not None
+    assert problem.layout.last is not None
+    position = torch.arange(problem.k.shape[2], device=problem.k.device)
+    padding = (position < problem.layout.first[:, None]) | (position > problem.layout.last[:, None])
+    for tensor in (problem.k, problem.v):
+        tensor.masked_fill_(padding[:, None, :, None], torch.nan)
+    queries = problem.q.shape[2]
+    problem.q.masked_fill_(padding[:, None, -queries:, None], torch.nan)
+
+
+def _compare(
+    what: str, ours: Tensor, reference: Tensor, plain: Tensor, factor: float, case: Case
+) -> None:
+    """Fail unless ``ours`` is as near to ``reference`` as ``factor`` times a plain computation is.
+
+    ``plain`` is the same formula in the dtype under test. The floor covers the case where it
+    happens to be exact: a sum of ``n`` terms is off by at most ``n`` roundings of its largest term.
+    """
+    if ours.shape != reference.shape:
+        raise AssertionError(
+            f"{what}: shape {list(ours.shape)}, not {list(reference.shape)}, in {case}."
+        )
+    if ours.dtype != plain.dtype:
+        raise AssertionError(f"{what}: dtype {ours.dtype}, not {plain.dtype}, in {case}.")
+    if ours.numel() == 0:
+        return
+    if not bool(torch.isfinite(ours).all()):
+        raise AssertionError(f"{what}: NaN or infinity in {case}.")
+    scale = max(1.0, float(reference.abs().max()))  # inputs are of unit size
+    error = float((ours.double() - reference.double()).abs().max())
+    baseline = float((plain.double() - reference.double()).abs().max())
+    terms = case.head_dim + (case.length if ours.dtype == torch.float64 else 0)
+    floor = terms * torch.finfo(ours.dtype).eps * scale
+    if error > factor * baseline + floor:
+        raise AssertionError(
+            f"{what}: max error {error:.3g}, allowed {factor:g} x {baseline:.3g} + {floor:.3g}, in "
+            f"{case} ({ours.dtype})."
+        )
