@@ -26,7 +26,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from elasticore import (
     AllSparse,
@@ -57,6 +57,7 @@ from elasticore import (
     use_backend,
 )
 from elasticore.backends.registry import backends
+from elasticore.train import Collator, OfflineTasks, RouterTrainer
 
 pytestmark = pytest.mark.usefixtures("clean_registry")
 
@@ -669,6 +670,56 @@ LOAD = Entry(
     {"model": NO_MODEL, "path": anything(str) | st.builds("/nowhere/{}".format, st.integers())},
 )
 
+# --- Training ------------------------------------------------------------------------------------
+
+OFFLINE = Entry(
+    OfflineTasks,
+    lambda: {"tokenizer": None, "tasks": {"code": 1.0}, "length": 64, "samples": 4},
+    {
+        "tasks": anything(dict) | one_of({}, {"unheard": 1}, {"code": 0}, {"code": float("nan")}),
+        "length": positive_ints(),
+        "samples": positive_ints(),
+        "seed": anything(int) | st.integers(max_value=-1),
+        "split": other_text("train", "heldout"),
+    },
+    skip=frozenset({"tokenizer"}),  # any callable that transformers' tokenizers are like
+)
+COLLATOR = Entry(
+    Collator,
+    lambda: {"tasks": ("qa",)},
+    {
+        "tasks": anything(tuple, list) | st.just(()),
+        "pad_token_id": anything(int) | st.integers(max_value=-1),
+        "reduction": other_text("tokens", "samples"),
+    },
+    skip=frozenset({"packed"}),
+)
+
+
+@cache
+def training_arguments() -> TrainingArguments:
+    return TrainingArguments(output_dir=mkdtemp(), report_to=[], use_cpu=True)
+
+
+TRAINER = Entry(
+    RouterTrainer,
+    lambda: {
+        "model": elasticize(deepcopy(tiny_model())),
+        "args": training_arguments(),
+        "objective": LagrangianObjective({"qa": 0.7}, seed=0),
+        "train_dataset": [],
+    },
+    {
+        "model": NO_MODEL | st.builds(tiny_model),
+        "args": anything(),
+        "objective": anything(),
+        "collator": anything(type(None)),
+        "temperature": anything(type(None), type),
+        "multiplier_lr": anything(int, float) | one_of(-1.0, float("nan"), float("inf")),
+    },
+    skip=frozenset({"train_dataset", "eval_dataset", "callbacks"}),  # the Trainer's own
+)
+
 TABLE = {
     "hybrid_head_attention": ATTENTION,
     "hybrid_head_attention, packed": PACKED_ATTENTION,
@@ -695,6 +746,9 @@ TABLE = {
     "elasticize": ELASTICIZE,
     "restore": RESTORE,
     "load_router": LOAD,
+    "OfflineTasks": OFFLINE,
+    "Collator": COLLATOR,
+    "RouterTrainer": TRAINER,
 }
 WRAPPED = (fresh_elasticize, fresh_load)  # they take any arguments and pass them on
 ARGUMENTS = [(name, argument) for name, entry in TABLE.items() for argument in entry.bad]

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from elasticore.checks import check_int, check_number
+
 __all__ = ["Collator", "JsonLines", "OfflineTasks", "TrainingSample"]
 
 IGNORED = -100
@@ -67,16 +69,22 @@ class OfflineTasks(Dataset[TrainingSample]):
     ) -> None:
         from elasticore.eval.tasks import TASKS
 
+        if not isinstance(tasks, Mapping):
+            raise TypeError(f"tasks must map task names to weights, got {tasks!r}.")
         unknown = sorted(set(tasks) - set(TASKS))
         if unknown or not tasks:
             raise ValueError(
                 f"tasks must name some of {', '.join(TASKS)}, got {unknown or 'none'}."
             )
-        if min(tasks.values()) <= 0:
-            raise ValueError(f"tasks must have positive weights, got {dict(tasks)}.")
-        for name, value in (("length", length), ("samples", samples)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an int of at least 1, got {value!r}.")
+        for task, weight in tasks.items():
+            check_number(f"tasks[{task!r}]", weight, 0)
+            if weight == 0:
+                raise ValueError(f"tasks must have positive weights, got {dict(tasks)}.")
+        check_int("length", length, 1)
+        check_int("samples", samples, 1)
+        check_int("seed", seed, 0)
+        if split not in ("train", "heldout"):
+            raise ValueError(f"split must be 'train' or 'heldout', got {split!r}.")
         self.tokenizer = tokenizer
         self.length, self.samples, self.seed, self.split = length, samples, seed, split
         self._tasks = list(tasks)
@@ -185,6 +193,13 @@ class Collator:
     pad_token_id: int = 0
     packed: bool = False
     reduction: Literal["tokens", "samples"] = "tokens"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.tasks, (tuple, list)) or not self.tasks:
+            raise TypeError(f"tasks must be the objective's task names, got {self.tasks!r}.")
+        check_int("pad_token_id", self.pad_token_id, 0)
+        if self.reduction not in ("tokens", "samples"):
+            raise ValueError(f"reduction must be 'tokens' or 'samples', got {self.reduction!r}.")
 
     def __call__(self, samples: Sequence[TrainingSample]) -> dict[str, Any]:
         """The model's inputs, and ``task_ids``, ``labels`` and ``loss_weights`` beside them."""

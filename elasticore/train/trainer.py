@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
+from elasticore.checks import check_number
 from elasticore.models.elastic import is_elastic, routers, routings
 from elasticore.models.files import WEIGHTS, save_router
 from elasticore.router import AttentionRouter, CosineTemperature
@@ -86,8 +87,13 @@ class RouterTrainer(Trainer):
                     f"model runs the policy {type(router).__name__}, which has nothing to train; "
                     "elasticize it with an ElasticConfig."
                 )
-        if not multiplier_lr > 0 or not math.isfinite(multiplier_lr):
-            raise ValueError(f"multiplier_lr must be positive and finite, got {multiplier_lr}.")
+        check_number("multiplier_lr", multiplier_lr, 0)
+        if not isinstance(args, TrainingArguments):
+            raise TypeError(f"args must be transformers.TrainingArguments, got {args!r}.")
+        if collator is not None and not isinstance(collator, Collator):
+            raise TypeError(f"collator must be a Collator or None, got {collator!r}.")
+        if temperature is not None and not callable(temperature):
+            raise TypeError(f"temperature must be callable (step, max_steps), got {temperature!r}.")
         objective.check()
         model.requires_grad_(False)
         for router in routers(model):

@@ -130,5 +130,5 @@ def test_json_lines_without_a_file(tmp_path: Path) -> None:
     ],
 )
 def test_offline_tasks_name_the_bad_argument(settings: dict[str, object], name: str) -> None:
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises((ValueError, TypeError), match=name):
         OfflineTasks(None, **{"tasks": {"code": 1.0}, "length": 64, "samples": 4, **settings})  # type: ignore[arg-type]
