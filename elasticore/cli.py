@@ -42,6 +42,8 @@ def _plain_errors() -> Iterator[None]:
         if "--traceback" in sys.argv:
             raise
         err.print(f"[bold red]error:[/] {escape(str(error))}")
+        if not isinstance(error, (ValueError, OSError)):  # perhaps not the user's doing
+            err.print("[dim]elasticore --traceback COMMAND shows where it came from.[/]")
         raise typer.Exit(2) from error
 
 

@@ -87,11 +87,14 @@ def _score_batch(model: Any, samples: list[Sample]) -> list[Score]:
     prompt, answer = ids[:, :start], ids[:, start:]
     with record() as trace:
         first = model(prompt, use_cache=True, logits_to_keep=1)
-        rest = model(answer[:, :-1], past_key_values=first.past_key_values, use_cache=True)
-    logits = torch.cat([first.logits, rest.logits], 1).float()
-    hits = logits.argmax(-1) == answer
+        logits = [first.logits]
+        if answer.shape[1] > 1:
+            cache = first.past_key_values
+            logits.append(model(answer[:, :-1], past_key_values=cache, use_cache=True).logits)
+    scores = torch.cat(logits, 1).float()
+    hits = scores.argmax(-1) == answer
     losses = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), answer.flatten(), reduction="none"
+        scores.flatten(0, 1), answer.flatten(), reduction="none"
     ).view_as(answer)
     zero = torch.zeros(len(samples))
     elastic = is_elastic(model)

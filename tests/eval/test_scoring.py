@@ -71,3 +71,10 @@ def test_routing_does_not_depend_on_the_answer(model: LlamaForCausalLM) -> None:
     ec.elasticize(model, ec.ElasticConfig(sink=16, local=16, block_size=16, boundary=4))
     a, b = score(model, [right, wrong], batch_size=1)
     assert a.msr == b.msr
+
+
+def test_an_answer_of_one_token(model: LlamaForCausalLM) -> None:
+    one = sample(model, 7, True)
+    short = Sample("task", one.input_ids[: one.start + 1], one.start, one.start + 1, "", True)
+    result = score(model, [short])[0]
+    assert (result.correct, result.accuracy) == (True, 1.0)
