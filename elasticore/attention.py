@@ -170,8 +170,14 @@ def hybrid_head_attention(
     from elasticore.backends.registry import resolve
 
     layout, scale = check_call(q, k, v, plan, layout, scale)
+    if torch.compiler.is_compiling():
+        from elasticore.operator import traced_attention
+
+        return traced_attention(q, k, v, plan, layout, scale, backend)
     request = AttentionRequest.of(q, k, v, plan, layout)
     engine = resolve(backend, request)
+    if not torch.is_autocast_enabled(q.device.type):
+        return engine.attend(q, k, v, plan, layout=layout, scale=scale)
     # Autocast would change the dtype of the output and, through the scores, the blocks selected.
     with torch.autocast(q.device.type, enabled=False):
         return engine.attend(q, k, v, plan, layout=layout, scale=scale)

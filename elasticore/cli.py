@@ -302,3 +302,78 @@ def train(
         print(json.dumps({"router": str(path), "final": history[-1] if history else None}))
         return
     out.print(f"Routers: [bold]{path}[/]   TensorBoard: tensorboard --logdir {output}")
+
+
+@app.command()
+def bench(
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(help="attention, decode, router, selector or e2e; repeatable; default: all."),
+    ] = None,
+    engine: Annotated[
+        list[str] | None, typer.Option(help="Only this engine; repeatable.", metavar="NAME")
+    ] = None,
+    length: Annotated[
+        list[int] | None, typer.Option(help="Only cases of this many tokens; repeatable.")
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option(help="Layers of the model of suite e2e.", min=1)
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Where the figures go, as JSON.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Where the picture goes; several suites add their names.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Only short cases, and few runs.")] = False,
+) -> None:
+    """Time attention, decoding, routers, selectors and whole models, beside other engines.
+
+    Example: [bold]elasticore bench --suite attention --json attention.json --plot attention.png[/]
+    """
+    with _plain_errors():
+        import torch
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        from elasticore.bench.cases import SUITES, Case, Engine, cases_of
+        from elasticore.bench.plots import need_matplotlib, picture
+        from elasticore.bench.report import environment, table, write_json
+        from elasticore.bench.run import Record, Session
+        from elasticore.bench.timing import Clock
+
+        if plot is not None:
+            need_matplotlib()
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        cases = [
+            case
+            for name in dict.fromkeys(suite or SUITES)
+            for case in cases_of(name, device, quick=quick, lengths=length or (), layers=layers)
+        ]
+        session = Session(cases, Clock(device, budget_ms=20 if quick else 150), engine or ())
+        about = environment(device)
+        results: list[tuple[Case, list[Record]]] = []
+        bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=err
+        )
+        task = bar.add_task("", total=sum(len(engines) for _, engines in session.plan))
+
+        def step(case: Case, engine: Engine) -> None:
+            bar.update(task, description=f"{case} {engine}", advance=1)
+
+        with bar:
+            for finished in session.run(step):
+                results.append(finished)
+                if json_file is not None:  # after each case: a run that is cut short leaves those
+                    write_json(results, about, json_file)
+        suites = list(dict.fromkeys(case.suite for case, _ in results))
+        for name in suites:
+            out.print(table(results, name))
+        if plot is not None:
+            for name in suites:
+                own = plot.with_stem(f"{plot.stem}-{name}") if len(suites) > 1 else plot
+                if picture(results, name, own):
+                    out.print(f"Picture: [bold]{own}[/]")
+    if device.type == "cpu":
+        out.print("[yellow]No NVIDIA GPU: the cases are small, and their times mean little.[/]")
+    if any(record.failed for _, records in results for record in records):
+        raise typer.Exit(1)

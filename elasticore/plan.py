@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import InitVar, dataclass, field
 from enum import IntEnum
 from typing import Literal
@@ -15,6 +16,10 @@ from elasticore.patterns.selector import BlockLists, BlockSelector
 from elasticore.patterns.streaming import Streaming
 
 __all__ = ["HeadMode", "HeadPlan"]
+
+
+def _default_streaming() -> Streaming:
+    return Streaming()  # torch.compile can trace this, but not a class as the factory
 
 
 class HeadMode(IntEnum):
@@ -62,7 +67,7 @@ class HeadPlan:
     retrieval: HeadMode = HeadMode.FULL
     sparse: HeadMode = HeadMode.STREAMING
     gate: Tensor | None = None
-    streaming: Streaming = field(default_factory=Streaming)
+    streaming: Streaming = field(default_factory=_default_streaming)
     selector: BlockSelector | None = None
     block_size: int = 128
     check: InitVar[bool] = True
@@ -161,7 +166,7 @@ class HeadPlan:
             check=gate.device.type == "cpu",
         )
 
-    @property
+    @functools.cached_property
     def lanes(self) -> frozenset[HeadMode]:
         """The lanes that the plan may hold, known without reading ``modes``."""
         lanes = {self.retrieval, self.sparse, HeadMode.FULL, HeadMode.STREAMING}
@@ -273,6 +278,8 @@ def check_block_size(block_size: object) -> None:
 
 
 def _as_mode(name: str, value: object) -> HeadMode:
+    if isinstance(value, HeadMode):
+        return value
     accepted = isinstance(value, int) and not isinstance(value, bool) and value in list(HeadMode)
     if not accepted:
         raise ValueError(f"{name} must be a HeadMode (FULL, STREAMING or SELECTED), got {value!r}.")

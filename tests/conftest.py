@@ -11,6 +11,10 @@ from hypothesis import HealthCheck, settings
 
 from elasticore.backends import registry
 
+# Without a GPU the kernels run in Triton's interpreter; to be said before its first import.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # No deadline: the first call of a kernel, or a busy machine, is no failure. CI draws the same
 # examples every time; a developer's machine draws new ones.
 settings.register_profile(

@@ -22,7 +22,10 @@ ENTRY_POINTS = "elasticore.backends"
 # Built-in backends, fastest first, by the place of their class: none is imported before it is
 # asked for. ``auto`` tries them in this order, then those that were registered, whose speed nobody
 # has vouched for: to run one of those, name it.
-_BUILT_IN = {"serial": "elasticore.backends.serial:SerialAttention"}
+_BUILT_IN = {
+    "triton": "elasticore.backends.triton:TritonAttention",
+    "serial": "elasticore.backends.serial:SerialAttention",
+}
 
 _registered: dict[str, type[HybridHeadAttention]] = {}
 _instances: dict[str, HybridHeadAttention] = {}
@@ -180,17 +183,25 @@ def resolve(name: str | None, request: AttentionRequest) -> HybridHeadAttention:
     """
     name = _default.get() if name is None else name
     if name != AUTO:
-        _check_usable(name)
-        backend = _instance(name)
+        backend = _instances.get(name) if isinstance(name, str) else None
+        if backend is None:
+            _check_usable(name)
+            backend = _instance(name)
         require(Verdict(*backend.supports(request)), name)
         return backend
     reasons = []
     for candidate in _names():
-        verdict = _verdict(candidate)
+        backend = _instances.get(candidate)
+        verdict = Verdict(True) if backend else _verdict(candidate)
         if verdict.ok:
-            verdict = Verdict(*_instance(candidate).supports(request))
+            backend = _instance(candidate)
+            if request.device.type in backend.devices:
+                verdict = Verdict(*backend.supports(request))
+            else:
+                # It may still run there when named: Triton's interpreter on a CPU, for one.
+                verdict = Verdict(False, f"it is not made for {request.device.type} tensors.")
             if verdict.ok:
-                return _instance(candidate)
+                return backend
         reasons.append(f"{candidate}: {verdict.reason}")
     raise UnsupportedRequest("no backend can do this call: " + "; ".join(reasons))
 

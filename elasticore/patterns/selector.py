@@ -20,8 +20,9 @@ class BlockLists:
     Attributes
     ----------
     indices
-        int32 ``[sequences, Hq, row blocks, width]``: ascending key blocks, then padding (-1).
-        Row ``r`` of sequence ``s`` is the absolute row block ``first_row_block[s] + r``, where
+        int32 or int16 ``[sequences, Hq, row blocks, width]``: ascending key blocks; what follows
+        the counted ones may be anything. Row ``r`` of sequence ``s`` is the absolute row block
+        ``first_row_block[s] + r``, where
         ``first_row_block = (key_length - query_length) // block_size``.
     counts
         int32 ``[sequences, Hq, row blocks]``: how many of them count. Every row block that has a
@@ -44,7 +45,9 @@ class BlockLists:
     def to_mask(self, key_blocks: int) -> Tensor:
         """The boolean ``[sequences, Hq, row blocks, key_blocks]`` block mask of these lists."""
         # Padding goes to one extra column, which is cut off.
-        target = torch.where(self.indices < 0, key_blocks, self.indices).long()
+        place = torch.arange(self.indices.shape[-1], device=self.indices.device)
+        listed = place < self.counts[..., None]
+        target = torch.where(listed, self.indices, key_blocks).long()
         mask = torch.zeros(
             *self.indices.shape[:-1], key_blocks + 1, dtype=torch.bool, device=self.indices.device
         )

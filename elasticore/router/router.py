@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +14,11 @@ from elasticore.router.routing import Routing
 from elasticore.router.sampling import GumbelSoftmax, Sampler
 
 __all__ = ["AttentionRouter"]
+
+_FUSED_ON = ("cuda",) if importlib.util.find_spec("triton") else ()
+"""Devices with kernels for the whole decision; triton is imported for the first one only."""
+_TASK_MLP = (nn.Linear, nn.SiLU, nn.Linear)
+_ROUTER_MLP = (nn.Linear, nn.SiLU, nn.Linear, nn.SiLU, nn.Linear)
 
 
 class AttentionRouter(nn.Module):
@@ -47,6 +54,12 @@ class AttentionRouter(nn.Module):
     -----
     Sections 3.1 and 3.2, Eqs. 10 and 11. The MLPs run in their parameters' dtype under autocast
     too: a decision is discrete, and rounding the logits to bfloat16 would flip close ones.
+
+    Inference without gradients on a GPU runs the same function as two kernel launches of the triton
+    backend (:mod:`elasticore.backends.triton.router`), whose pooled keys have the same bits and
+    whose logits differ from the modules' by rounding only. The modules run where triton is not
+    installed, for ``boundary=None``, other sizes or dtypes than the kernels', and for a router that
+    is subclassed or has hooks on its layers or other layers in their place.
     """
 
     def __init__(
@@ -106,6 +119,9 @@ class AttentionRouter(nn.Module):
             raise ValueError(
                 f"keys have head_dim {keys.shape[3]} but this router was made for {self.head_dim}."
             )
+        fused = self._fused(keys, segments)
+        if fused is not None:
+            return fused
         logits = self.logits(pool_boundary(keys, segments, self.boundary))
         if self.training:
             gate = self.sampler(logits, self.temperature)
@@ -127,12 +143,49 @@ class AttentionRouter(nn.Module):
         """Logits of pooled keys ``[..., head_dim]``: float32 ``[..., 2]`` (retrieval, sparse)."""
         return _run(self.router_mlp, self.task_representation(pooled))
 
+    def _fused(self, keys: Tensor, segments: Segments) -> Routing | None:
+        """The decision from the GPU kernels, or None where the modules have to run."""
+        if (
+            self.training
+            or self.boundary is None
+            or keys.device.type not in _FUSED_ON
+            or not isinstance(segments, Segments)
+            or segments.row.device != keys.device
+        ):
+            return None
+        parameters = _parameters(self)
+        if parameters is None:
+            return None
+        if torch.is_grad_enabled() and any(p.requires_grad for p in (keys, *parameters)):
+            return None
+        from elasticore.backends.triton import router as kernels
+
+        if not kernels.supports(keys, self.boundary, parameters):
+            return None
+        return Routing(*kernels.route(keys, segments, self.boundary, parameters))
+
     def extra_repr(self) -> str:
         """The settings, for ``print``."""
         return (
             f"head_dim={self.head_dim}, hidden_multiplier={self.hidden_multiplier}, "
             f"boundary={self.boundary}, sampler={self.sampler}"
         )
+
+
+def _parameters(router: AttentionRouter) -> list[Tensor] | None:
+    """Weights and biases, in order; None if the router is not as it was made.
+
+    Code that was put in a module's place, or hooked to it, wants to be called.
+    """
+    task, router_mlp = router.task_mlp, router.router_mlp
+    modules = [task, router_mlp, *task._modules.values(), *router_mlp._modules.values()]
+    types = [AttentionRouter, nn.Sequential, nn.Sequential, *_TASK_MLP, *_ROUTER_MLP]
+    if [type(router), *map(type, modules)] != types:
+        return None
+    if any(m._forward_hooks or m._forward_pre_hooks for m in modules):
+        return None
+    parameters: list[Tensor] = [p for m in modules for p in m._parameters.values() if p is not None]
+    return parameters if len(parameters) == 10 else None
 
 
 def _run(mlp: nn.Sequential, x: Tensor) -> Tensor:

@@ -23,9 +23,11 @@ from elasticore.testing.checks import (
 )
 from elasticore.testing.problems import Problem, ScatteredBlocks, make_problem
 from elasticore.testing.reference import attended, dense_attention
+from elasticore.testing.structured import PlantedBlocks, planted_blocks
 
 __all__ = [
     "Case",
+    "PlantedBlocks",
     "Problem",
     "ScatteredBlocks",
     "attended",
@@ -37,4 +39,5 @@ __all__ = [
     "dense_attention",
     "make_problem",
     "matrix",
+    "planted_blocks",
 ]

@@ -1,0 +1,146 @@
+"""The fused backend: all heads in one launch, whatever their modes (the paper's Algorithm 1b).
+
+Kernels in Triton for every GPU since Ampere, and one in Gluon for Hopper. This file imports
+neither: it must load where Triton is missing, to say so.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from elasticore.attention import AttentionRequest, HybridHeadAttention, Verdict
+from elasticore.layout import SequenceLayout
+from elasticore.plan import HeadMode, HeadPlan
+
+__all__ = ["TritonAttention"]
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+HEAD_DIMS = range(32, 257, 16)
+OLDEST = (3, 6)
+"""The Triton that the kernels need at least."""
+
+
+class TritonAttention(HybridHeadAttention):
+    """Every lane, layout and head in one launch; no wait for the device. Forward only."""
+
+    name = "triton"
+    devices = ("cuda",)
+
+    @classmethod
+    def available(cls) -> Verdict:
+        """Triton 3.6 or newer and an NVIDIA GPU since Ampere, or Triton's interpreter."""
+        if importlib.util.find_spec("triton") is None:
+            return Verdict(
+                False, "triton is not installed; pip install 'elasticore[triton]' (Linux only)."
+            )
+        return _engine()
+
+    def supports(self, request: AttentionRequest) -> Verdict:
+        """Forward passes in bfloat16, float16 and float32, head_dim a multiple of 16 to 256."""
+        if request.device.type != "cuda" and not _interpreted():
+            return Verdict(
+                False, f"it runs on NVIDIA GPUs, and the tensors are on {request.device}."
+            )
+        if request.dtype not in DTYPES:
+            return Verdict(
+                False, f"dtype {request.dtype} is none of {', '.join(map(str, DTYPES))}."
+            )
+        if request.dtype == torch.bfloat16 and _interpreted():
+            return Verdict(False, "Triton's interpreter computes bfloat16 wrongly; use float16.")
+        if request.head_dim not in HEAD_DIMS:
+            return Verdict(
+                False, f"head_dim {request.head_dim} is no multiple of 16 from 32 to 256."
+            )
+        if request.gradients:
+            return Verdict(
+                False,
+                "it has no backward pass; use the serial backend for training, or torch.no_grad().",
+            )
+        return Verdict(True)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: HeadPlan,
+        *,
+        layout: SequenceLayout | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """See :meth:`HybridHeadAttention.attend`."""
+        from elasticore.backends.triton import kernels
+
+        layout = SequenceLayout.dense() if layout is None else layout
+        scale = q.shape[3] ** -0.5 if scale is None else scale
+        if layout.kind == "dense" and _reads_everything(q, k, plan):
+            return scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=scale, enable_gqa=True
+            )
+        segments = None
+        if layout.kind != "dense":
+            segments = layout.segments(q.shape[0], q.shape[2], k.shape[2], q.device)
+        lists = None
+        if HeadMode.SELECTED in plan.lanes:
+            from elasticore.backends.triton.selectors import select
+
+            lists = select(q, k, plan, layout, scale)
+        sink, local = plan.streaming.blocks(plan.block_size)
+        out, _ = kernels.attention(
+            q,
+            k,
+            v,
+            plan.modes,
+            segments,
+            lists,
+            scale=scale,
+            sink=sink,
+            local=local,
+            block_size=plan.block_size,
+        )
+        return out
+
+
+def _reads_everything(q: Tensor, k: Tensor, plan: HeadPlan) -> bool:
+    """Whether every head reads all keys up to the query, whatever its mode.
+
+    So it is where the prompt is no longer than sink and window together. PyTorch's own kernels are
+    as fast there, and start sooner.
+    """
+    return (
+        q.shape[2] == k.shape[2] <= plan.streaming.sink + plan.streaming.local
+        and HeadMode.SELECTED not in plan.lanes
+        and q.is_cuda
+        and q.dtype.itemsize == 2
+    )
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _engine() -> Verdict:
+    """Whether the installed Triton and GPU will do; asked once, as the answer does not change."""
+    import triton
+
+    found = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if found < OLDEST:
+        wanted = ".".join(map(str, OLDEST))
+        return Verdict(False, f"triton {triton.__version__} is older than {wanted}; upgrade it.")
+    if _interpreted():
+        return Verdict(True, "in Triton's interpreter (TRITON_INTERPRET=1): slow, for tests.")
+    if not torch.cuda.is_available():
+        return Verdict(False, "PyTorch sees no NVIDIA GPU; TRITON_INTERPRET=1 runs it on a CPU.")
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        return Verdict(
+            False, f"the GPU has compute capability {capability[0]}.{capability[1]}; 8.0 is needed."
+        )
+    return Verdict(True)

@@ -1,0 +1,62 @@
+"""Which kernel runs a call."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from elasticore.backends.triton import decode, hopper, portable
+from elasticore.layout import Segments
+from elasticore.patterns import BlockLists
+
+__all__ = ["KERNELS", "attention", "choose"]
+
+DECODE_QUERIES = 16
+"""Queries of a sequence up to which the decode kernel runs a call."""
+DECODE_ROWS = 128
+"""Queries times query heads of a group up to which it does."""
+
+KERNELS = {"decode": decode.attention, "hopper": hopper.attention, "portable": portable.attention}
+"""The kernels by name; all take the same arguments."""
+
+
+def choose(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, block_size: int, sequences: int
+) -> str:
+    """The name of the kernel that runs a call, by shapes, strides and device alone."""
+    batch, heads, queries, _ = q.shape
+    rows = queries * heads // k.shape[1]
+    # In a packed batch the queries are those of all sequences together: few of them say little.
+    if sequences == batch and queries <= DECODE_QUERIES and rows <= DECODE_ROWS:
+        return "decode"
+    if hopper.supports(q, k, v, scale=scale, block_size=block_size):
+        return "hopper"
+    return "portable"
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    modes: Tensor,
+    segments: Segments | None,
+    lists: BlockLists | None,
+    *,
+    scale: float,
+    sink: int,
+    local: int,
+    block_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Run every head in its mode; see :func:`elasticore.backends.triton.hopper.attention`."""
+    name = choose(q, k, v, scale=scale, block_size=block_size, sequences=modes.shape[0])
+    return KERNELS[name](
+        q,
+        k,
+        v,
+        modes,
+        segments,
+        lists,
+        scale=scale,
+        sink=sink,
+        local=local,
+        block_size=block_size,
+    )

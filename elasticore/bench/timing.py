@@ -1,0 +1,139 @@
+"""Times of calls: warmed up, synchronised, as medians."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+__all__ = ["Clock", "Timing", "captured", "planned"]
+
+Result = TypeVar("Result")
+
+FLUSHED = 256 * 2**20
+"""Bytes written before every run on a GPU: several times its L2 cache."""
+
+
+class Timing(NamedTuple):
+    """What a clock saw.
+
+    Attributes
+    ----------
+    ms, min_ms
+        Median and minimum of the runs.
+    runs
+        How many there were.
+    host_ms
+        Median time until the call gave control back to the host.
+    """
+
+    ms: float
+    min_ms: float
+    runs: int
+    host_ms: float
+
+
+@dataclass
+class Clock:
+    """Times calls on one device.
+
+    On a GPU a run lies between two CUDA events. Before each run the device is idle and its L2 cache
+    is flushed; while it flushes, some tens of microseconds, the host may prepare the launch. On a
+    CPU a run is wall time.
+
+    Parameters
+    ----------
+    device
+        Where the calls run.
+    budget_ms
+        Time to measure per call: as many runs as fit, from ``least`` to ``most``.
+    """
+
+    device: torch.device
+    budget_ms: float = 150
+    least: int = 3
+    most: int = 500
+
+    def measure(self, call: Callable[[], Any]) -> Timing:
+        """Run ``call`` to warm up, then again and again."""
+        once = self._warm_up(call)
+        count = int(min(max(self.budget_ms / once, self.least), self.most))
+        run = self._gpu_run if self.device.type == "cuda" else self._cpu_run
+        times, host = zip(*(run(call) for _ in range(count)), strict=True)
+        return Timing(statistics.median(times), min(times), count, statistics.median(host))
+
+    def flush(self) -> None:
+        """Wait for the device and push everything out of its L2 cache."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.empty(FLUSHED, dtype=torch.uint8, device=self.device).zero_()
+
+    def wait(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _warm_up(self, call: Callable[[], Any]) -> float:
+        """Compile, allocate, and let the device leave its idle state; the time of one run in ms."""
+        call()
+        self.wait()
+        started, runs, elapsed = time.perf_counter(), 0, 0.0
+        while runs == 0 or elapsed < self.budget_ms / 5:
+            call()
+            self.wait()
+            runs, elapsed = runs + 1, (time.perf_counter() - started) * 1e3
+        return elapsed / runs
+
+    def _gpu_run(self, call: Callable[[], Any]) -> tuple[float, float]:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.flush()
+        begin.record()
+        started = time.perf_counter()
+        call()
+        host = time.perf_counter() - started
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end), host * 1e3
+
+    def _cpu_run(self, call: Callable[[], Any]) -> tuple[float, float]:
+        started = time.perf_counter()
+        call()
+        elapsed = (time.perf_counter() - started) * 1e3
+        return elapsed, elapsed
+
+
+def planned(device: torch.device, plan: Callable[[], Result]) -> tuple[Result, float]:
+    """What ``plan`` returns, and its milliseconds when it is run for the second time."""
+    clock = Clock(device)
+    plan()
+    clock.wait()
+    started = time.perf_counter()
+    result = plan()
+    clock.wait()
+    return result, (time.perf_counter() - started) * 1e3
+
+
+def captured(call: Callable[[], Result]) -> Callable[[], Result]:
+    """``call`` as the replay of a CUDA graph, which always gives the same output tensors.
+
+    A call that waits for the device cannot be captured: PyTorch raises ``RuntimeError``.
+    """
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):  # a capture may not compile or initialise anything
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+
+    def replay() -> Result:
+        graph.replay()
+        return out
+
+    return replay

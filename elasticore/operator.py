@@ -1,0 +1,147 @@
+"""The attention call as one PyTorch operator: what ``torch.compile`` sees of it.
+
+The operator is opaque: a compiled graph holds the call, and the backend is chosen when it runs, as
+in eager code. Forward only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from elasticore.attention import hybrid_head_attention
+from elasticore.errors import UnsupportedRequest
+from elasticore.layout import Segments, SequenceLayout
+from elasticore.patterns import BlockLists, BlockSelector, Streaming, XAttention
+from elasticore.plan import HeadMode, HeadPlan
+
+__all__ = ["traced_attention"]
+
+
+@dataclass(frozen=True)
+class _Chosen(BlockSelector):
+    """Block lists that were made before the operator ran."""
+
+    lists: BlockLists
+
+    def select(
+        self, q: Tensor, k: Tensor, segments: Segments, *, block_size: int, scale: float
+    ) -> BlockLists:
+        return self.lists
+
+
+def traced_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: HeadPlan,
+    layout: SequenceLayout,
+    scale: float,
+    backend: str | None,
+) -> Tensor:
+    """:func:`elasticore.hybrid_head_attention`, while ``torch.compile`` traces.
+
+    XAttention chooses its blocks inside the operator. Any other selector is traced itself.
+
+    Raises
+    ------
+    UnsupportedRequest
+        If gradients are wanted: the operator has no backward pass.
+    """
+    wanted = [t for t in (q, k, v, plan.gate) if t is not None and t.requires_grad]
+    if torch.is_grad_enabled() and wanted:
+        raise UnsupportedRequest(
+            "torch.compile cannot trace hybrid_head_attention with gradients; train without it, or "
+            "wrap the call in torch.compiler.disable."
+        )
+    lists = None
+    stride, threshold, quirk, chunk = 0, 0.0, False, 0
+    selector = plan.selector
+    if isinstance(selector, XAttention):
+        stride, threshold = selector.stride, selector.threshold
+        quirk, chunk = selector.official_quirk, selector.chunk
+    elif selector is not None:
+        segments = layout.segments(q.shape[0], q.shape[2], k.shape[2], q.device)
+        lists = selector.select(q, k, segments, block_size=plan.block_size, scale=scale)
+    return torch.ops.elasticore.hybrid_head_attention(
+        q,
+        k,
+        v,
+        plan.modes,
+        int(plan.retrieval),
+        int(plan.sparse),
+        plan.streaming.sink,
+        plan.streaming.local,
+        plan.block_size,
+        None if lists is None else lists.indices,
+        None if lists is None else lists.counts,
+        stride,
+        float(threshold),
+        quirk,
+        chunk,
+        layout.kind,
+        layout.first,
+        layout.last,
+        layout.query_offset,
+        layout.cu_queries,
+        layout.cu_keys,
+        scale,
+        backend,
+    )
+
+
+@torch.library.custom_op("elasticore::hybrid_head_attention", mutates_args=())
+def _hybrid_head_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    modes: Tensor,
+    retrieval: int,
+    sparse: int,
+    sink: int,
+    local: int,
+    block_size: int,
+    indices: Tensor | None,
+    counts: Tensor | None,
+    stride: int,
+    threshold: float,
+    official_quirk: bool,
+    chunk: int,
+    kind: str,
+    first: Tensor | None,
+    last: Tensor | None,
+    query_offset: Tensor | None,
+    cu_queries: Tensor | None,
+    cu_keys: Tensor | None,
+    scale: float,
+    backend: str | None,
+) -> Tensor:
+    selector: BlockSelector | None = None
+    if stride:
+        selector = XAttention(stride, threshold, official_quirk, chunk)
+    elif indices is not None and counts is not None:
+        selector = _Chosen(BlockLists(indices, counts))
+    plan = HeadPlan(
+        modes,
+        HeadMode(retrieval),
+        HeadMode(sparse),
+        streaming=Streaming(sink, local),
+        selector=selector,
+        block_size=block_size,
+        check=False,
+    )
+    layout = SequenceLayout(kind, first, last, query_offset, cu_queries, cu_keys)  # type: ignore[arg-type]
+    out = hybrid_head_attention(q, k, v, plan, layout=layout, scale=scale, backend=backend)
+    # An operator's output has the strides that its fake promises, whatever the backend's are.
+    return torch.empty_like(q).copy_(out) if out.stride() != _strides(q) else out
+
+
+def _strides(q: Tensor) -> tuple[int, ...]:
+    return torch.empty_like(q, device="meta").stride()
+
+
+@_hybrid_head_attention.register_fake
+def _(q: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(q)
