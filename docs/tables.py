@@ -11,11 +11,12 @@ In a page::
     ```
 
 Every column is a heading and a dotted path into ``benchmarks/results/tiny-elastic.json``, in which
-``{row}`` stands for the row's name. The values at ``below`` are printed under the table. A path
-that the file lacks is an error; a file that is missing is said to be missing.
+``{row}`` stands for the row's name. A path that ends in ``a|b|c`` gives the smallest of those that
+there are. The values at ``below`` are printed under the table. A path that the file lacks is an
+error; a file that is missing is said to be missing.
 
-``python docs/tables.py docs/tiny.md README.md`` writes the tables of the first file into the
-second, between ``<!-- table:retrieval -->`` and ``<!-- /table:retrieval -->``.
+``python docs/tables.py docs/tiny.md docs/benchmarks.md README.md`` writes the tables of the first
+files into the last, between ``<!-- table:retrieval -->`` and ``<!-- /table:retrieval -->``.
 """
 
 from __future__ import annotations
@@ -46,12 +47,24 @@ def look_up(results: Any, path: str) -> Any:
     raise ValueError(f"there is nothing below which {path!r} could be")
 
 
+def smallest(results: Any, path: str) -> Any:
+    """The value at a path, or the smallest of several whose last keys are joined by ``|``."""
+    parent, _, last = path.rpartition(".")
+    if "|" not in last:
+        return look_up(results, path)
+    there = look_up(results, parent)
+    found = [there[name] for name in last.split("|") if there.get(name) is not None]
+    if not found:
+        raise ValueError(f"none of {last!r} is among {', '.join(there)}")
+    return min(found)
+
+
 def cell(value: object) -> str:
-    """One value as text: three decimals for a float, thousands apart, a dash for None."""
+    """One value as text: three decimals, one from 100 on; thousands apart; a dash for None."""
     if value is None:
         return "–"
     if isinstance(value, float):
-        return f"{value:,.3f}"
+        return f"{value:,.3f}" if abs(value) < 100 else f"{value:,.1f}"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return str(value)
@@ -75,7 +88,7 @@ def table(file: str, rows: str, columns: Sequence[str], below: str = "") -> str:
     lines = [["", *(heading.strip() for heading, _, _ in pairs)], ["---", *["--:"] * len(pairs)]]
     for row in (name.strip() for name in rows.split(",")):
         paths = (path.strip().replace("{row}", row) for _, _, path in pairs)
-        lines.append([f"`{row}`", *(cell(look_up(results, path)) for path in paths)])
+        lines.append([f"`{row}`", *(cell(smallest(results, path)) for path in paths)])
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     facts = [path.strip() for path in below.split(",") if path.strip()]
     if facts:
@@ -133,6 +146,6 @@ def setup(app: Sphinx) -> dict[str, bool]:
 
 
 if __name__ == "__main__":
-    page, target = map(Path, sys.argv[1:])
-    tables = dict(tables_of(page.read_text(encoding="utf-8")))
+    *pages, target = map(Path, sys.argv[1:])
+    tables = dict(pair for page in pages for pair in tables_of(page.read_text(encoding="utf-8")))
     target.write_text(fill(target.read_text(encoding="utf-8"), tables), encoding="utf-8")

@@ -326,6 +326,10 @@ def bench(
         Path | None, typer.Option(help="Where the picture goes; several suites add their names.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Only short cases, and few runs.")] = False,
+    source: Annotated[
+        Path | None,
+        typer.Option("--from", help="Run nothing: show and draw the figures of this JSON file."),
+    ] = None,
 ) -> None:
     """Time attention, decoding, routers, selectors and whole models, beside other engines.
 
@@ -337,34 +341,45 @@ def bench(
 
         from elasticore.bench.cases import SUITES, Case, Engine, cases_of
         from elasticore.bench.plots import need_matplotlib, picture
-        from elasticore.bench.report import environment, table, write_json
+        from elasticore.bench.report import Results, environment, read_json, table, write_json
         from elasticore.bench.run import Record, Session
         from elasticore.bench.timing import Clock
 
         if plot is not None:
             need_matplotlib()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        cases = [
-            case
-            for name in dict.fromkeys(suite or SUITES)
-            for case in cases_of(name, device, quick=quick, lengths=length or (), layers=layers)
-        ]
-        session = Session(cases, Clock(device, budget_ms=20 if quick else 150), engine or ())
-        about = environment(device)
-        results: list[tuple[Case, list[Record]]] = []
-        bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=err
-        )
-        task = bar.add_task("", total=sum(len(engines) for _, engines in session.plan))
 
-        def step(case: Case, engine: Engine) -> None:
-            bar.update(task, description=f"{case} {engine}", advance=1)
+        def measure() -> Results:
+            cases = [
+                case
+                for name in dict.fromkeys(suite or SUITES)
+                for case in cases_of(name, device, quick=quick, lengths=length or (), layers=layers)
+            ]
+            session = Session(cases, Clock(device, budget_ms=20 if quick else 150), engine or ())
+            about = environment(device)
+            finished: list[tuple[Case, list[Record]]] = []
+            bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=err
+            )
+            task = bar.add_task("", total=sum(len(engines) for _, engines in session.plan))
 
-        with bar:
-            for finished in session.run(step):
-                results.append(finished)
-                if json_file is not None:  # after each case: a run that is cut short leaves those
-                    write_json(results, about, json_file)
+            def step(case: Case, engine: Engine) -> None:
+                bar.update(task, description=f"{case} {engine}", advance=1)
+
+            with bar:
+                for one in session.run(step):
+                    finished.append(one)
+                    # After each case: a run that is cut short leaves those.
+                    if json_file is not None:
+                        write_json(finished, about, json_file)
+            return finished
+
+        if source is None:
+            results = measure()
+        elif suite or engine or length or layers or json_file or quick:
+            raise ValueError("from shows a file as it is; beside it only plot can be given.")
+        else:
+            results = read_json(source)
         suites = list(dict.fromkeys(case.suite for case, _ in results))
         for name in suites:
             out.print(table(results, name))
@@ -373,7 +388,7 @@ def bench(
                 own = plot.with_stem(f"{plot.stem}-{name}") if len(suites) > 1 else plot
                 if picture(results, name, own):
                     out.print(f"Picture: [bold]{own}[/]")
-    if device.type == "cpu":
+    if source is None and device.type == "cpu":
         out.print("[yellow]No NVIDIA GPU: the cases are small, and their times mean little.[/]")
     if any(record.failed for _, records in results for record in records):
         raise typer.Exit(1)

@@ -15,8 +15,9 @@ import elasticore as ec
 from elasticore.backends.serial import SerialAttention
 from elasticore.bench import peers
 from elasticore.bench.attention import AttentionCase, Backend
-from elasticore.bench.cases import cases_of, tokens
+from elasticore.bench.cases import SUITES, cases_of, tokens
 from elasticore.bench.layer import AttentionWork
+from elasticore.bench.report import read_json, write_json
 from elasticore.bench.run import Record, Session, add_ratios
 from elasticore.bench.timing import Clock
 from elasticore.cli import app
@@ -176,9 +177,39 @@ def test_the_command_writes_a_table_json_and_pictures(tmp_path: Path):
         assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_help_shows_an_example():
-    result = runner.invoke(app, ["bench", "--help"])
-    assert "elasticore bench --suite" in " ".join(result.stdout.split())
+def test_a_file_is_shown_and_drawn_again_without_a_run(tmp_path: Path, monkeypatch):
+    file, plot = tmp_path / "bench.json", tmp_path / "again.png"
+    arguments = [f"--suite={suite}" for suite in SUITES]
+    first = runner.invoke(app, ["bench", *arguments, "--quick", "--layers=1", "--json", str(file)])
+    assert first.exit_code == 0, first.output
+    monkeypatch.setattr(Session, "run", None)
+    again = runner.invoke(app, ["bench", "--from", str(file), "--plot", str(plot)])
+    assert again.exit_code == 0, again.output
+    assert "times mean little" not in again.stdout
+    for name in json.loads(file.read_text("utf-8"))["cases"]:
+        assert name in again.stdout
+    for suite in SUITES:
+        assert (tmp_path / f"again-{suite}.png").read_bytes().startswith(b"\x89PNG")
+    write_json(read_json(file), json.loads(file.read_text("utf-8")), tmp_path / "copy.json")
+    assert (tmp_path / "copy.json").read_text("utf-8") == file.read_text("utf-8")
+
+
+def test_a_wrong_engine_in_a_file_is_still_an_error(tmp_path: Path):
+    file = tmp_path / "bench.json"
+    case = AttentionCase("attention", 512, 0.0)
+    write_json([(case, [Record("ours", False, failed="it is wrong.")])], {}, file)
+    result = runner.invoke(app, ["bench", "--from", str(file)])
+    assert result.exit_code == 1
+    assert "it is wrong." in result.stdout
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "no json", '{"cases": {"a": {"suite": "poetry"}}}'])
+def test_a_file_that_is_no_benchmarks_is_refused(text: str, tmp_path: Path):
+    file = tmp_path / "other.json"
+    file.write_text(text)
+    result = runner.invoke(app, ["bench", "--from", str(file)])
+    assert result.exit_code == 2
+    assert "is no file of this version's" in " ".join(result.stderr.split())
 
 
 def test_a_model_is_timed_elastic_and_unchanged():
@@ -195,6 +226,8 @@ def test_a_model_is_timed_elastic_and_unchanged():
         (["--suite", "poetry"], "suite 'poetry' is unknown; there are: attention, decode"),
         (["--quick", "--engine", "magic"], "engine 'magic' is unknown here; there are: "),
         (["--quick", "--length", "7"], "length leaves no case"),
+        (["--from", "nowhere.json"], "nowhere.json"),
+        (["--from", "nowhere.json", "--quick"], "beside it only plot can be given"),
     ],
 )
 def test_bad_input_ends_in_one_line_and_code_2(arguments: list[str], message: str):

@@ -32,7 +32,7 @@ def test_doctor_reports_versions_devices_and_backends_with_reasons() -> None:
     assert "serial" in runner.invoke(app, ["doctor"]).stdout
 
 
-@pytest.mark.parametrize("command", ["doctor", "demo", "run", "train"])
+@pytest.mark.parametrize("command", ["doctor", "demo", "run", "train", "bench"])
 def test_help_shows_an_example(command: str) -> None:
     result = runner.invoke(app, [command, "--help"])
     assert result.exit_code == 0
@@ -75,7 +75,7 @@ def test_run_refuses_an_empty_and_an_overlong_prompt(tmp_path: Path) -> None:
     prompt = tmp_path / "prompt.txt"
     prompt.write_text(" \n")
     arguments = ["run", "--model", "tiny", "--prompt-file", str(prompt)]
-    assert "is empty" in runner.invoke(app, arguments).stderr
+    assert "is empty" in " ".join(runner.invoke(app, arguments).stderr.split())
     prompt.write_text("word " * 5000)
     assert "exceeds the 4096 positions" in " ".join(runner.invoke(app, arguments).stderr.split())
 

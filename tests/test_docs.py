@@ -137,7 +137,10 @@ def tables(monkeypatch):
 RESULT = {
     "gpu": "a GPU",
     "settings": {"samples_per_task": 1000},
-    "figures": {"full": {"needle": 0.98765, "code": 1.0, "code.answer": None}, "steps": 5},
+    "figures": {
+        "full": {"needle": 0.98765, "code": 1.0, "code.answer": None, "refused": None},
+        "steps": 5,
+    },
 }
 
 
@@ -161,6 +164,14 @@ def test_results_become_a_table(tables):
         "",
         "gpu: a GPU; samples per task: 1,000.",
     ]
+
+
+@pytest.mark.usefixtures("measured")
+def test_a_column_may_be_the_smallest_of_several_values(tables):
+    text = tables.table("one.json", "best", ["Least = figures.full.code|gone|needle|refused"])
+    assert text.endswith("| `best` | 0.988 |")
+    with pytest.raises(ValueError, match=r"none of 'gone\|lost' is among needle"):
+        tables.table("one.json", "best", ["Least = figures.full.gone|lost"])
 
 
 @pytest.mark.usefixtures("measured")
@@ -189,6 +200,9 @@ def test_tables_of_a_page_are_written_into_another(tables):
 @pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="the results are not here")
 def test_the_tables_of_the_readme_are_the_results(tables):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    page = (DOCS / "tiny.md").read_text(encoding="utf-8")
-    current = tables.fill(readme, dict(tables.tables_of(page)))
-    assert readme == current, "run: python docs/tables.py docs/tiny.md README.md"
+    pages = [(DOCS / name).read_text(encoding="utf-8") for name in ("tiny.md", "benchmarks.md")]
+    written = dict(pair for page in pages for pair in tables.tables_of(page))
+    assert set(re.findall("<!-- table:(.*) -->", readme)) <= set(written)
+    current = tables.fill(readme, written)
+    command = "python docs/tables.py docs/tiny.md docs/benchmarks.md README.md"
+    assert readme == current, f"run: {command}"

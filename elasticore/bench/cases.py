@@ -12,7 +12,7 @@ import torch
 
 from elasticore.attention import Verdict
 
-__all__ = ["SUITES", "Case", "Engine", "Ready", "Work", "cases_of", "tokens"]
+__all__ = ["SUITES", "Case", "Engine", "Ready", "Work", "case_type", "cases_of", "tokens"]
 
 
 class Ready(NamedTuple):
@@ -141,6 +141,20 @@ def tokens(length: int) -> str:
         if length % size == 0:
             return f"{length // size}{unit}"
     return str(length)
+
+
+def case_type(suite: str) -> type[Case]:
+    """The class of a suite's cases."""
+    from elasticore.bench import attention, e2e, router, selector
+
+    types: tuple[type[Case], ...] = (
+        attention.AttentionCase,
+        attention.DecodeCase,
+        router.RouterCase,
+        selector.SelectorCase,
+        e2e.E2eCase,
+    )
+    return {one.suite: one for one in types}[suite]
 
 
 SUITES = ("attention", "decode", "router", "selector", "e2e")

@@ -17,6 +17,7 @@ _COLOURS = (
     *("#c0392b", "#e59866", "#2e6da4", "#6fa8dc", "#5d8a66", "#9bbf9b"),
     *("#8e7cc3", "#999999", "#7a1f16", "#f5cba7", "#1b3f60", "#d4ac0d"),
 )
+_DENSE: dict[str, Any] = {"color": "#444444", "linestyle": "--", "linewidth": 1}
 
 
 def need_matplotlib() -> None:
@@ -88,10 +89,13 @@ def picture(results: Results, suite: str, path: Path) -> Path | None:
             _bars(bars, pairs, colours)
             title = family if share is None else f"{family}, {share:.0%} sparse"
             curves.set_title(title, fontsize=9)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()]
-    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 5), fontsize=8)
+    handles: list[Any] = [plt.Rectangle((0, 0), 1, 1, color=c) for c in colours.values()]
+    if any(_dense_ms(records) for _, records in measured):
+        handles.append(plt.Line2D([], [], **_DENSE))
+        names.append("fastest that reads everything")
+    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 4), fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
 
@@ -105,7 +109,7 @@ def _curves(axis: Any, pairs: Sequence[tuple[Case, list[Record]]], colours: dict
             axis.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3)
     dense = [(case.length, ms) for case, rs in pairs if (ms := _dense_ms(rs))]
     if dense:
-        axis.plot(*zip(*dense, strict=True), color="#444444", linestyle="--", linewidth=1)
+        axis.plot(*zip(*dense, strict=True), **_DENSE)
     lengths = sorted({case.length for case, _ in pairs})
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")

@@ -21,10 +21,10 @@ from rich.table import Table
 from rich.text import Text
 
 from elasticore import __version__
-from elasticore.bench.cases import Case
+from elasticore.bench.cases import Case, case_type
 from elasticore.bench.run import Record
 
-__all__ = ["Results", "environment", "table", "write_json"]
+__all__ = ["Results", "environment", "read_json", "table", "write_json"]
 
 Results = Sequence[tuple[Case, Sequence[Record]]]
 """Every case that was run, with a record per engine."""
@@ -90,6 +90,30 @@ def write_json(results: Results, about: Mapping[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({**about, "cases": cases}, indent=1, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Results:
+    """Read back what :func:`write_json` wrote.
+
+    Raises
+    ------
+    ValueError
+        If the file holds anything else.
+    """
+    try:
+        cases = json.loads(path.read_text(encoding="utf-8"))["cases"]
+        return [
+            (
+                case_type(one["suite"])(**one["parameters"]),
+                [Record(engine, **entry) for engine, entry in one["engines"].items()],
+            )
+            for one in cases.values()
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is no file of this version's `elasticore bench --json` "
+            f"({type(error).__name__}: {error})."
+        ) from error
 
 
 def _entry(record: Record) -> dict[str, Any]:

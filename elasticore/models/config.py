@@ -114,6 +114,15 @@ class ElasticConfig:
             check=False,
         )
 
+    def plan_without_selector(self, modes: Tensor) -> HeadPlan:
+        """The plan of ``modes`` without a SELECTED head: no backend need choose blocks."""
+        return HeadPlan(
+            modes,
+            streaming=Streaming(self.sink, self.local),
+            block_size=self.block_size,
+            check=False,
+        )
+
     def gated_plan(self, gate: Tensor) -> HeadPlan:
         """The plan of a router's ``gate`` (float ``[sequences, kv_heads]``), with its gradient."""
         return HeadPlan.from_gate(

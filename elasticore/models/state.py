@@ -282,6 +282,7 @@ class LayerState:
             else:
                 # No selector can score a fraction of a row block.
                 modes = modes.masked_fill(modes == int(HeadMode.SELECTED), int(HeadMode.FULL))
+            return config.plan_without_selector(modes)
         return config.plan(modes)
 
     def _record(

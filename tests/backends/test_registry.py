@@ -326,7 +326,7 @@ def test_entry_points_are_looked_up_once_not_at_every_attention_call(
     looked = entry_points(monkeypatch)
     for _ in range(3):
         call("serial")
-    assert looked() == 1
+    assert looked() <= 1  # not at all for a backend that ran before
 
 
 def broken_import() -> object:

@@ -77,6 +77,9 @@ class TritonAttention(HybridHeadAttention):
         """See :meth:`HybridHeadAttention.attend`."""
         from elasticore.backends.triton import kernels
 
+        if q.is_cuda and q.device.index != torch.cuda.current_device():
+            with torch.cuda.device(q.device):  # Triton launches on the current one
+                return self.attend(q, k, v, plan, layout=layout, scale=scale)
         layout = SequenceLayout.dense() if layout is None else layout
         scale = q.shape[3] ** -0.5 if scale is None else scale
         if layout.kind == "dense" and _reads_everything(q, k, plan):
@@ -110,8 +113,8 @@ class TritonAttention(HybridHeadAttention):
 def _reads_everything(q: Tensor, k: Tensor, plan: HeadPlan) -> bool:
     """Whether every head reads all keys up to the query, whatever its mode.
 
-    So it is where the prompt is no longer than sink and window together. PyTorch's own kernels are
-    as fast there, and start sooner.
+    So it is where the prompt is no longer than sink and window together. PyTorch's own kernels
+    start sooner, which is worth more there than the few microseconds of GPU time that ours save.
     """
     return (
         q.shape[2] == k.shape[2] <= plan.streaming.sink + plan.streaming.local
@@ -143,4 +146,13 @@ def _engine() -> Verdict:
         return Verdict(
             False, f"the GPU has compute capability {capability[0]}.{capability[1]}; 8.0 is needed."
         )
+    if capability == (9, 0):
+        from elasticore.backends.triton.kernels import HOPPER_MISSING
+
+        if HOPPER_MISSING:
+            return Verdict(
+                True,
+                f"without its Hopper kernel, which triton {triton.__version__} cannot load "
+                f"({HOPPER_MISSING}): slower; it was tested with 3.6.",
+            )
     return Verdict(True)

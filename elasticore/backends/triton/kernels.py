@@ -4,19 +4,29 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from elasticore.backends.triton import decode, hopper, portable
+from elasticore.backends.triton import decode, portable
 from elasticore.layout import Segments
 from elasticore.patterns import BlockLists
 
-__all__ = ["KERNELS", "attention", "choose"]
+try:
+    from elasticore.backends.triton import hopper
+except (ImportError, AttributeError) as error:  # Gluon is experimental: its names still move
+    hopper = None  # type: ignore[assignment]
+    HOPPER_MISSING = f"{type(error).__name__}: {error}"
+else:
+    HOPPER_MISSING = ""
+
+__all__ = ["HOPPER_MISSING", "KERNELS", "attention", "choose"]
 
 DECODE_QUERIES = 16
 """Queries of a sequence up to which the decode kernel runs a call."""
 DECODE_ROWS = 128
 """Queries times query heads of a group up to which it does."""
 
-KERNELS = {"decode": decode.attention, "hopper": hopper.attention, "portable": portable.attention}
+KERNELS = {"decode": decode.attention, "portable": portable.attention}
 """The kernels by name; all take the same arguments."""
+if hopper is not None:
+    KERNELS["hopper"] = hopper.attention
 
 
 def choose(
@@ -28,7 +38,7 @@ def choose(
     # In a packed batch the queries are those of all sequences together: few of them say little.
     if sequences == batch and queries <= DECODE_QUERIES and rows <= DECODE_ROWS:
         return "decode"
-    if hopper.supports(q, k, v, scale=scale, block_size=block_size):
+    if hopper is not None and hopper.supports(q, k, v, scale=scale, block_size=block_size):
         return "hopper"
     return "portable"
 
@@ -47,6 +57,10 @@ def attention(
     block_size: int,
 ) -> tuple[Tensor, Tensor]:
     """Run every head in its mode; see :func:`elasticore.backends.triton.hopper.attention`."""
+    if segments is not None:
+        segments = Segments(*(field.contiguous() for field in segments))
+    if lists is not None:
+        lists = BlockLists(lists.indices.contiguous(), lists.counts.contiguous())
     name = choose(q, k, v, scale=scale, block_size=block_size, sequences=modes.shape[0])
     return KERNELS[name](
         q,
