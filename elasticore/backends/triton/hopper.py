@@ -239,7 +239,8 @@ def _produce(q_desc, k_desc, v_desc, v, q_shared, k_shared, v_shared, work, q_fu
             if mode == 2:
                 row = tile - past // SIZE
                 at = sequence.to(gl.int64) * count_sequence + head.to(gl.int64) * count_head + row
-                blocks = gl.load(counts + at)
+                # A list without a block breaks its contract, but must not stop the consumers.
+                blocks = gl.maximum(gl.load(counts + at), 1)
                 chosen += (sequence.to(gl.int64) * list_sequence + head.to(gl.int64) * list_head
                            + row.to(gl.int64) * list_row)  # fmt: skip
 
