@@ -13,7 +13,7 @@ from torch import Tensor
 
 from elasticore.attention import AttentionRequest, hybrid_head_attention
 from elasticore.bench.cases import Work
-from elasticore.bench.selector import choose_blocks, structured, tidied
+from elasticore.bench.selector import choose_blocks, structured
 from elasticore.bench.timing import captured
 from elasticore.layout import Segments, SequenceLayout
 from elasticore.patterns import BlockLists, BlockSelector, Streaming, XAttention
@@ -141,7 +141,7 @@ class AttentionWork(Work):
             )
             plan = self.plan
             if self.case.sparse == "SELECTED":
-                chosen = _Chosen(tidied(self.lists), start // self.case.block_size)
+                chosen = _Chosen(self.lists, start // self.case.block_size)
                 plan = dataclasses.replace(plan, selector=chosen, check=False)
             found.append((rows, hybrid_head_attention(q, k, v, plan, backend="serial")))
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -85,8 +86,9 @@ class _Router(Engine):
         call = torch.no_grad()(self.decide(work))
         return Ready(captured(call) if self.graph else call)
 
+    @abstractmethod
     def decide(self, work: RouterWork) -> Callable[[], Any]:
-        raise NotImplementedError
+        """What is timed."""
 
 
 class AsCalled(_Router):

@@ -22,7 +22,6 @@ __all__ = [
     "choose_blocks",
     "selector_cases",
     "structured",
-    "tidied",
 ]
 
 DEFINITION_LONGEST = 16384
@@ -87,13 +86,6 @@ def fused(device: torch.device) -> Verdict:
     return TritonAttention.available()
 
 
-def tidied(lists: BlockLists) -> BlockLists:
-    """Lists whose padding is -1: a fused selector leaves anything behind what counts."""
-    slot = torch.arange(lists.indices.shape[-1], device=lists.indices.device)
-    indices = torch.where(slot < lists.counts[..., None], lists.indices.int(), -1)
-    return BlockLists(indices, lists.counts)
-
-
 @dataclass(frozen=True)
 class SelectorCase(Case):
     """XAttention's choice for every query head of one sequence."""
@@ -149,7 +141,7 @@ class SelectorWork(Work):
     def difference(self, out: BlockLists) -> float:
         """Blocks that only ``out`` or only the definition chooses, per block chosen."""
         blocks = -(-self.case.length // self.case.block_size)
-        mask = tidied(out).to_mask(blocks)[0]
+        mask = out.to_mask(blocks)[0]
         wrong = total = 0
         for row, reference in self.reference:
             chosen = mask[:, row, : reference.shape[-1]]

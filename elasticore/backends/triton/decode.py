@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from elasticore.backends.triton.outputs import outputs
 from elasticore.layout import Segments
 from elasticore.patterns import BlockLists
 from elasticore.plan import HeadMode
@@ -122,14 +123,9 @@ def attention(
     if lists is not None:
         chosen = lists.to_mask(-(-keys // block_size)).view(torch.uint8)
         chosen_strides = [*chosen.stride()[:3]]
-    where: Sequence[Tensor | None]
-    if segments is None:
-        out = torch.empty_like(q)
-        lse = q.new_empty(batch, query_heads, queries, dtype=torch.float32)
-        where = [None] * len(Segments._fields)
-    else:
-        out = torch.zeros_like(q)
-        lse = q.new_full((batch, query_heads, queries), -math.inf, dtype=torch.float32)
+    out, lse = outputs(q, dense=segments is None)
+    where: Sequence[Tensor | None] = [None] * len(Segments._fields)
+    if segments is not None:
         where = [field.contiguous() for field in segments]
     partial_out = partial_lse = None
     if not single:

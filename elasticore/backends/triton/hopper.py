@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from elasticore.attention import Verdict
+from elasticore.backends.triton.outputs import outputs
 from elasticore.backends.triton.schedule import schedule
 from elasticore.layout import Segments
 from elasticore.patterns import BlockLists
@@ -107,12 +108,7 @@ def attention(
     """
     batch, heads, queries, dim = q.shape
     kv_heads = k.shape[1]
-    if segments is None:
-        out = torch.empty_like(q)
-        lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
-    else:
-        out = torch.zeros_like(q)
-        lse = q.new_full((batch, heads, queries), -torch.inf, dtype=torch.float32)
+    out, lse = outputs(q, dense=segments is None)
     work = schedule(
         modes,
         segments,
@@ -125,8 +121,8 @@ def attention(
         local=local,
     )
     # Without lists, any int32 tensor stands in for them: nothing of it is read.
-    indices = work.tiles if lists is None else lists.indices
-    counts = work.total if lists is None else lists.counts
+    indices = work.tiles if lists is None else lists.indices.contiguous()
+    counts = work.total if lists is None else lists.counts.contiguous()
     _forward[(min(_processors(q.device), work.tiles.shape[0] * heads // kv_heads),)](
         _descriptor(q, ROWS.value),
         _descriptor(k, BLOCK),
@@ -137,7 +133,7 @@ def attention(
         work.tiles,
         work.total,
         modes,
-        *((None,) * 5 if segments is None else segments),
+        *((None,) * 5 if segments is None else (field.contiguous() for field in segments)),
         indices,
         counts,
         *v.stride()[:3],

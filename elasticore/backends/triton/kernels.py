@@ -57,10 +57,6 @@ def attention(
     block_size: int,
 ) -> tuple[Tensor, Tensor]:
     """Run every head in its mode; see :func:`elasticore.backends.triton.hopper.attention`."""
-    if segments is not None:
-        segments = Segments(*(field.contiguous() for field in segments))
-    if lists is not None:
-        lists = BlockLists(lists.indices.contiguous(), lists.counts.contiguous())
     name = choose(q, k, v, scale=scale, block_size=block_size, sequences=modes.shape[0])
     return KERNELS[name](
         q,

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from elasticore.backends.triton.outputs import outputs
 from elasticore.backends.triton.schedule import schedule
 from elasticore.layout import Segments
 from elasticore.patterns.selector import BlockLists
@@ -123,12 +124,7 @@ def attention(
     if scale <= 0:
         # The kernel scales a row's largest product, and -inf where it masks: both must stay so.
         q, scale = q * (-1 if scale < 0 else 0), abs(scale) or 1.0
-    if segments is None:
-        out = torch.empty_like(q)
-        lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
-    else:
-        out = torch.zeros_like(q)
-        lse = q.new_full((batch, heads, queries), -math.inf, dtype=torch.float32)
+    out, lse = outputs(q, dense=segments is None)
     work = schedule(
         modes,
         segments,

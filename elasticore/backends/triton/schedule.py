@@ -73,8 +73,8 @@ def schedule(
     total = torch.empty(2, dtype=torch.int32, device=modes.device)
     _order[(sequences * kv_heads,)](
         modes,
-        None if segments is None else segments.query_length,
-        None if segments is None else segments.key_length,
+        None if segments is None else segments.query_length.contiguous(),
+        None if segments is None else segments.key_length.contiguous(),
         tiles,
         total,
         sequences * kv_heads,
