@@ -1,6 +1,6 @@
 """The fused backend: all heads in one launch, whatever their modes (the paper's Algorithm 1b).
 
-Kernels in Triton for every GPU since Ampere, and one in Gluon for Hopper. This file imports
+Kernels in Triton for every GPU since Ampere, and faster ones in Gluon for Hopper. This file imports
 neither: it must load where Triton is missing, to say so.
 """
 
@@ -163,7 +163,7 @@ def _engine() -> Verdict:
         if HOPPER_MISSING:
             return Verdict(
                 True,
-                f"without its Hopper kernel, which triton {triton.__version__} cannot load "
+                f"without its Hopper kernels, which triton {triton.__version__} cannot load "
                 f"({HOPPER_MISSING}): slower; it was tested with 3.6.",
             )
     return Verdict(True)

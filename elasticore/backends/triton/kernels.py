@@ -33,7 +33,10 @@ if hopper is not None:
 
 
 class TrainingKernels(NamedTuple):
-    """What training runs beside :func:`attention`; each field's kernels take the same arguments."""
+    """What training runs beside :func:`attention`; by field, all take the same arguments."""
+
+    reads: Callable[[Tensor], bool]
+    """Whether the gradients' kernels can read an incoming gradient where it lies."""
 
     snapshot: Callable[..., tuple[Tensor, Tensor | None, Tensor]]
     """Both modes forward: see :func:`elasticore.backends.triton.snapshot.attention`."""
@@ -45,10 +48,20 @@ class TrainingKernels(NamedTuple):
 
 TRAINING = {
     "portable": TrainingKernels(
-        snapshot.attention, gradients.query_gradient, gradients.key_value_gradients
+        lambda grad: grad.stride(3) == 1,
+        snapshot.attention,
+        gradients.query_gradient,
+        gradients.key_value_gradients,
     ),
 }
 """The training kernels by name."""
+if hopper is not None:
+    TRAINING["hopper"] = TrainingKernels(
+        hopper.copyable,
+        hopper.snapshot_attention,
+        hopper.query_gradient,
+        hopper.key_value_gradients,
+    )
 
 
 def choose(
@@ -72,6 +85,8 @@ def choose_training(
 
     A forward that gradient checkpointing runs again must get the same ones again.
     """
+    if hopper is not None and hopper.supports(q, k, v, scale=scale, block_size=block_size):
+        return TRAINING["hopper"]
     return TRAINING["portable"]
 
 
@@ -88,7 +103,7 @@ def attention(
     local: int,
     block_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """Run every head in its mode; see :func:`elasticore.backends.triton.hopper.attention`."""
+    """Run every head in its mode; see :func:`elasticore.backends.triton.portable.attention`."""
     name = choose(q, k, v, scale=scale, block_size=block_size, sequences=modes.shape[0])
     return KERNELS[name](
         q,

@@ -16,7 +16,7 @@ from torch import Tensor
 from elasticore.backends.triton.launch import launch
 from elasticore.layout import Segments
 
-__all__ = ["Schedule", "schedule"]
+__all__ = ["CHUNK", "SPAN", "Schedule", "power_of_two", "schedule"]
 
 SPAN = tl.constexpr(16)
 """Tiles that one program places."""
@@ -124,7 +124,7 @@ def _extent(modes, query_lengths, key_lengths, pair, pairs, kv_heads, window, qu
 
 
 @triton.jit
-def _power_of_two(x):
+def power_of_two(x):
     """The greatest power of two that is not above ``x``, a positive integer below 2**24."""
     exponent = x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7F800000
     return exponent.to(tl.float32, bitcast=True).to(tl.int32)
@@ -161,7 +161,7 @@ def _order(modes, query_lengths, key_lengths, tiles, total, pairs, kv_heads, win
     start = first + tl.program_id(1) * SPAN
     if start < end or pair + tl.program_id(1) == 0:
         index = start + tl.arange(0, SPAN)
-        least = _power_of_two(tl.minimum(index * tile // block_size + 1, most))
+        least = power_of_two(tl.minimum(index * tile // block_size + 1, most))
         # Before a tile come all of twice its level, those of its level and of the pairs before
         # its own, and of its own pair the later ones.
         place = end - 1 - index - _costlier(first, end, most, 2 * least, tile, block_size)

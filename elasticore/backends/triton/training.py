@@ -143,9 +143,9 @@ class _Attention(torch.autograd.Function):
             )
         segments = None if where[0] is None else Segments(*where)
         lists = None if indices is None else BlockLists(indices, counts)
-        if grad.stride(3) != 1:
-            grad = grad.contiguous()
         call, choice = ctx.call, ctx.choice
+        if not choice.reads(grad):
+            grad = grad.clone(memory_format=torch.contiguous_format)
         delta, difference = row_sums(
             out,
             other,

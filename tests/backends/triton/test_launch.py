@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -28,12 +29,12 @@ def tensors(order: str, shift: int, dtype: torch.dtype) -> list[Tensor]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["hopper", "decode"])
+@pytest.mark.parametrize("name", ["hopper", "decode", "training"])
 def test_no_call_gets_a_kernel_made_for_another(name: str) -> None:
-    if name not in kernels.KERNELS or torch.cuda.get_device_capability() != (9, 0):
+    if "hopper" not in kernels.KERNELS or torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a Hopper GPU (compute capability 9.0)")
     calls = []
-    orders, shifts = ("heads first", "tokens first"), ((0, 8) if name == "hopper" else (0, 1))
+    orders, shifts = ("heads first", "tokens first"), ((0, 1) if name == "decode" else (0, 8))
     for order, shift, dtype, layout, off in itertools.product(
         orders, shifts, (torch.bfloat16, torch.float16), ("dense", "packed"), (0, 1)
     ):
@@ -49,8 +50,17 @@ def test_no_call_gets_a_kernel_made_for_another(name: str) -> None:
             segments = ec.Segments(*table)
         calls.append((q, k, v, modes, segments, None))
 
-    def run(call: tuple[object, ...]) -> tuple[Tensor, Tensor]:
-        return kernels.KERNELS[name](*call, scale=0.125, sink=1, local=2, block_size=128)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"scale": 0.125, "sink": 1, "local": 2, "block_size": 128}
+
+    def run(call: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        if name != "training":
+            return kernels.KERNELS[name](*call, **settings)
+        of = kernels.TRAINING["hopper"]
+        out, other, lse = of.snapshot(*call, sparse=ec.HeadMode.STREAMING, both=True, **settings)
+        # Any gradient will do; the queries lie in as many ways as one can.
+        backward = (*call[:3], call[0], lse, lse.clone(), *call[3:])
+        dq = of.query_gradient(*backward, **settings)
+        return out, other, lse, dq, *of.key_value_gradients(*backward, **settings)  # type: ignore[return-value]
 
     alone = []
     for call in calls:

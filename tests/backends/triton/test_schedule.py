@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from elasticore.backends.triton.columns import columns
+from elasticore.backends.triton.schedule import schedule
 from elasticore.layout import Segments
 
-schedule = pytest.importorskip(
-    "elasticore.backends.triton.schedule", reason="needs triton"
-).schedule
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -40,20 +38,25 @@ def batches(draw: st.DrawFn) -> dict[str, object]:
     }
 
 
+def segments(case: dict[str, object]) -> Segments | None:
+    """Sequences side by side, unless the batch is dense."""
+    if case["dense"]:
+        return None
+    keys: list[int] = case["keys"]  # type: ignore[assignment]
+    zeros = torch.zeros(len(keys), dtype=torch.int64, device=DEVICE)
+    length = torch.tensor(case["queries"], device=DEVICE), torch.tensor(keys, device=DEVICE)
+    return Segments(zeros, zeros, length[0], zeros, length[1])
+
+
 @settings(max_examples=60, deadline=None)
 @given(batches())
 def test_every_tile_once_by_falling_powers_of_two(case: dict[str, object]) -> None:
     modes, keys, queries, tile, block_size = (
         case[name] for name in ("modes", "keys", "queries", "tile", "block_size")
     )
-    segments = None
-    if not case["dense"]:
-        zeros = torch.zeros(len(keys), dtype=torch.int64, device=DEVICE)  # type: ignore[arg-type]
-        length = torch.tensor(queries, device=DEVICE), torch.tensor(keys, device=DEVICE)
-        segments = Segments(zeros, zeros, length[0], zeros, length[1])
     work = schedule(
         torch.tensor(modes, dtype=torch.int8, device=DEVICE),
-        segments,
+        segments(case),
         batch=len(keys) if case["dense"] else 1,  # type: ignore[arg-type]
         queries=queries[0] if case["dense"] else max(1, sum(queries)),  # type: ignore[index,arg-type]
         keys=keys[0] if case["dense"] else max(1, sum(keys)),  # type: ignore[index,arg-type]
@@ -74,3 +77,37 @@ def test_every_tile_once_by_falling_powers_of_two(case: dict[str, object]) -> No
     assert count == 0
     found = work.tiles[:total].tolist()
     assert found == [[pair, -index] for _, pair, index in sorted(expected)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(batches())
+def test_every_key_block_once_by_falling_powers_of_two(case: dict[str, object]) -> None:
+    modes, keys, queries, size, sink, local = (
+        case[name] for name in ("modes", "keys", "queries", "block_size", "sink", "local")
+    )
+    work = columns(
+        torch.tensor(modes, dtype=torch.int8, device=DEVICE),
+        segments(case),
+        batch=len(keys) if case["dense"] else 1,  # type: ignore[arg-type]
+        queries=queries[0] if case["dense"] else max(1, sum(queries)),  # type: ignore[index,arg-type]
+        keys=keys[0] if case["dense"] else max(1, sum(keys)),  # type: ignore[index,arg-type]
+        block_size=size,  # type: ignore[arg-type]
+        sink=sink,  # type: ignore[arg-type]
+        local=local,  # type: ignore[arg-type]
+    )
+    expected = []
+    for sequence, row in enumerate(modes):  # type: ignore[arg-type,var-annotated]
+        length, count = keys[sequence], queries[sequence]  # type: ignore[index]
+        blocks = -(-length // size) if count else 0  # type: ignore[operator]
+        first = (length - count) // size  # type: ignore[operator]
+        for head, mode in enumerate(row):
+            for block in range(blocks):
+                readers = blocks - max(block, first)
+                if mode == 1 and block >= sink:  # type: ignore[operator]
+                    readers = min(readers, local)  # type: ignore[type-var]
+                level = -int(math.log2(readers))  # type: ignore[arg-type]
+                expected.append((level, sequence * len(row) + head, block))
+    total, taken = work.total.tolist()
+    assert taken == 0
+    found = work.tiles[:total].tolist()
+    assert found == [[pair, block] for _, pair, block in sorted(expected)]

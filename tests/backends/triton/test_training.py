@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from elasticore.testing import Case, Problem
 
 FULL, STREAMING, SELECTED = HeadMode
 PAIRS = {"fa-ssa": (FULL, STREAMING), "fa-xa": (FULL, SELECTED), "xa-ssa": (SELECTED, STREAMING)}
+Fit = Callable[[Case], Case]
 SMALL = Case("right", 1, 32, 101, "some", "32")
 
 
@@ -74,12 +76,15 @@ class Launches:
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
+def launches(monkeypatch: pytest.MonkeyPatch, fit: Fit) -> Launches:
+    """Of both kinds of training kernels."""
     return Launches(monkeypatch)
 
 
-def test_a_gate_that_wants_no_gradient_costs_nothing(launches: Launches, device: str) -> None:
-    p = problem(device=device)
+def test_a_gate_that_wants_no_gradient_costs_nothing(
+    launches: Launches, fit: Fit, device: str
+) -> None:
+    p = problem(case=fit(SMALL), device=device)
     inputs(p)[3].requires_grad_(False)
     p.run("triton")
     assert launches.seen == [("one", 1)]
@@ -87,9 +92,9 @@ def test_a_gate_that_wants_no_gradient_costs_nothing(launches: Launches, device:
 
 @pytest.mark.parametrize("pair", PAIRS)
 def test_checkpointing_runs_one_branch_and_then_both(
-    pair: str, launches: Launches, device: str
+    pair: str, launches: Launches, fit: Fit, device: str
 ) -> None:
-    p = problem(pair, device=device)
+    p = problem(pair, fit(SMALL), device=device)
     weight = noise(p)
     out = p.run("triton")
     assert launches.branches() == 2
@@ -101,8 +106,8 @@ def test_checkpointing_runs_one_branch_and_then_both(
     assert launches.branches() == 2
 
 
-def test_checkpoints_inside_each_other(launches: Launches, device: str) -> None:
-    p = problem(device=device)
+def test_checkpoints_inside_each_other(launches: Launches, fit: Fit, device: str) -> None:
+    p = problem(case=fit(SMALL), device=device)
     weight = noise(p)
     expected = grad(p.run("triton"), inputs(p), weight)
     launches.branches()
@@ -117,9 +122,9 @@ def test_checkpoints_inside_each_other(launches: Launches, device: str) -> None:
 
 
 def test_saved_tensors_that_are_kept_elsewhere_are_all_computed(
-    launches: Launches, device: str
+    launches: Launches, fit: Fit, device: str
 ) -> None:
-    p = problem(device=device)
+    p = problem(case=fit(SMALL), device=device)
     with torch.autograd.graph.save_on_cpu():
         out = p.run("triton")
     assert launches.branches() == 2
@@ -215,7 +220,7 @@ def test_a_model_trains_as_on_the_serial_backend(
 @pytest.mark.gpu
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("layout", ["dense", "packed"])
-def test_training_never_waits(pair: str, layout: str) -> None:
+def test_training_never_waits(pair: str, layout: str, fit: Fit) -> None:
     p = problem(pair, Case(layout, 4, 128, 2177, "all", "128"), torch.bfloat16, "cuda")
     plan = dataclasses.replace(p.plan, selector=ec.XAttention(), check=False)
     p = p._replace(plan=plan)
@@ -230,7 +235,7 @@ def test_training_never_waits(pair: str, layout: str) -> None:
 
 
 @pytest.mark.gpu
-def test_the_first_forward_of_a_checkpoint_holds_one_output() -> None:
+def test_the_first_forward_of_a_checkpoint_holds_one_output(fit: Fit) -> None:
     case = Case("dense", 4, 128, 2177, "all", "128")
     p = problem("fa-ssa", case, torch.bfloat16, "cuda")
     grad(p.run("triton").sum(), inputs(p))
