@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from elasticore.backends.triton.arguments import LARGE, capability, listing, listing_shape, places
+from elasticore.backends.triton.columns import columns
 from elasticore.backends.triton.lists import transposed
 from elasticore.backends.triton.portable import Tiling
 from elasticore.backends.triton.schedule import schedule
@@ -103,26 +104,24 @@ def key_value_gradients(
     kv_heads, keys = k.shape[1:3]
     new = torch.empty_like if segments is None else torch.zeros_like
     dk, dv = (new(x) if want else None for x, want in zip((k, v), wanted, strict=True))
-    columns = None if lists is None else transposed(lists, triton.cdiv(keys, block_size))
+    readers = None if lists is None else transposed(lists, triton.cdiv(keys, block_size))
     tiling = _tiling(q, block_size, 64, 128)
-    # Key tiles instead of row tiles: every key is a row of this schedule.
-    work = schedule(
+    work = columns(
         modes,
-        None if segments is None else segments._replace(query_length=segments.key_length),
+        segments,
         batch=batch,
-        queries=keys,
+        queries=queries,
         keys=keys,
-        tile=tiling.keys,
         block_size=block_size,
         sink=sink,
         local=local,
     )
-    _dkv[(work.tiles.shape[0],)](
+    _dkv[(work.tiles.shape[0] * (block_size // tiling.keys),)](
         q, k, v, grad, lse, delta, dk, dv,
-        modes.contiguous(), *places(segments), *listing(columns), work.tiles, work.total,
+        modes.contiguous(), *places(segments), *listing(readers), work.tiles, work.total,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3],
         *(k if dk is None else dk).stride()[:3], *(v if dv is None else dv).stride()[:3],
-        queries, keys, kv_heads, *listing_shape(columns), sink, local, scale,
+        queries, keys, kv_heads, *listing_shape(readers), sink, local, scale,
         GROUP=heads // kv_heads, DIM=head_dim, PADDED_DIM=triton.next_power_of_2(head_dim),
         BLOCK=block_size, ROWS=tiling.rows, KEYS=tiling.keys, STAGES=tiling.stages,
         num_warps=tiling.warps,
@@ -257,27 +256,25 @@ def _dkv(
     # next ones of a STREAMING head's window, or those of the head's transposed list.
     #
     # FLOPs: 8 * D per query and key visited. Bytes: q and dO of the rows visited, per program.
-    work = tl.program_id(0)
+    work = tl.program_id(0) // (BLOCK // KEYS)
     if work >= tl.load(total):
         return
     pair = tl.load(tiles + 2 * work)
+    block = tl.load(tiles + 2 * work + 1)
+    first = block * BLOCK + tl.program_id(0) % (BLOCK // KEYS) * KEYS
     sequence = pair // kv_heads
     kv_head = pair % kv_heads
     batch_row, query_start, key_start, key_length, past = locate(
         sequence, batch_rows, query_starts, query_lengths, key_starts, key_lengths, queries, keys
     )
-    # The schedule starts with a pair's last tiles, for their many keys. Here the first ones have
-    # the most rows.
-    first = ((key_length - 1) // KEYS - tl.load(tiles + 2 * work + 1)) * KEYS
-    block = first // BLOCK
 
     mode = tl.load(modes + pair)
     origin = past // BLOCK  # the first row block
     after = tl.maximum(block + 1, origin)
-    end = tl.where(key_length > past, (key_length - 1) // BLOCK + 1, 0)
+    end = (key_length - 1) // BLOCK + 1
     windowed = (mode == STREAMING) & (block >= sink)
     end = tl.where(windowed, tl.minimum(end, block + local), end)
-    has_diagonal = (block >= origin) & (key_length > past)
+    has_diagonal = block >= origin
 
     position = first + tl.arange(0, KEYS)
     within = position < key_length
