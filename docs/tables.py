@@ -15,8 +15,9 @@ Every column is a heading and a dotted path into ``benchmarks/results/tiny-elast
 there are. The values at ``below`` are printed under the table. A path that the file lacks is an
 error; a file that is missing is said to be missing.
 
-``python docs/tables.py docs/tiny.md docs/benchmarks.md README.md`` writes the tables of the first
-files into the last, between ``<!-- table:retrieval -->`` and ``<!-- /table:retrieval -->``.
+``python docs/tables.py docs/tiny.md docs/benchmarks.md docs/training.md README.md`` writes the
+tables of the first files into the last, between ``<!-- table:retrieval -->`` and
+``<!-- /table:retrieval -->``.
 """
 
 from __future__ import annotations

@@ -200,9 +200,10 @@ def test_tables_of_a_page_are_written_into_another(tables):
 @pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="the results are not here")
 def test_the_tables_of_the_readme_are_the_results(tables):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    pages = [(DOCS / name).read_text(encoding="utf-8") for name in ("tiny.md", "benchmarks.md")]
+    names = ("tiny.md", "benchmarks.md", "training.md")
+    pages = [(DOCS / name).read_text(encoding="utf-8") for name in names]
     written = dict(pair for page in pages for pair in tables.tables_of(page))
     assert set(re.findall("<!-- table:(.*) -->", readme)) <= set(written)
     current = tables.fill(readme, written)
-    command = "python docs/tables.py docs/tiny.md docs/benchmarks.md README.md"
+    command = "python docs/tables.py docs/tiny.md docs/benchmarks.md docs/training.md README.md"
     assert readme == current, f"run: {command}"
