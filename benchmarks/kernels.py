@@ -49,7 +49,6 @@ from elasticore.backends.triton import TritonAttention
 from elasticore.bench.attention import AttentionCase, DecodeCase
 from elasticore.bench.cases import tokens
 from elasticore.bench.layer import AttentionWork
-from elasticore.bench.peers import Flex
 from elasticore.bench.report import environment
 from elasticore.bench.timing import Call, captured, interleave
 
@@ -137,9 +136,9 @@ def sdpa(name: str, work: AttentionWork) -> Call:
     return call
 
 
-def backend(work: AttentionWork) -> Call:
-    """The backend as users call it."""
-    return lambda: ec.hybrid_head_attention(work.q, work.k, work.v, work.plan, backend="triton")
+def backend(name: str, work: AttentionWork) -> Call:
+    """A backend as users call it."""
+    return lambda: ec.hybrid_head_attention(work.q, work.k, work.v, work.plan, backend=name)
 
 
 def kernel(name: str, work: AttentionWork) -> Call:
@@ -193,7 +192,7 @@ def hybrid(length: int, share: float) -> Engines:
     """FULL and STREAMING heads."""
     work = AttentionCase("hybrid", length, share).build(GPU)
     return {
-        "flex": lambda: Flex().prepare(work).call,
+        "flex": partial(backend, "flex", work),
         "portable": partial(kernel, "portable", work),
         "hopper": partial(kernel, "hopper", work),
     }
@@ -204,7 +203,7 @@ def short(length: int) -> Engines:
     works = {share: AttentionCase("short", length, share).build(GPU) for share in SHARES}
     engines: Engines = {name: lambda name=name: graph(sdpa(name, works[0.0])) for name in SDPA}
     for share, work in works.items():
-        engines[f"triton-{share:g}"] = lambda work=work: graph(backend(work))
+        engines[f"triton-{share:g}"] = lambda work=work: graph(backend("triton", work))
         engines[f"hopper-{share:g}"] = lambda work=work: graph(kernel("hopper", work))
     return engines
 

@@ -95,7 +95,20 @@ class HybridHeadAttention(ABC):
 
     @abstractmethod
     def supports(self, request: AttentionRequest) -> Verdict:
-        """Whether this backend can do ``request``: dtype, sizes, device, lanes, gradients."""
+        """Whether this backend can do ``request``: dtype, sizes, device, lanes, gradients.
+
+        The same answer to the same request every time, without touching a device: ``"auto"``
+        remembers it, and the documentation asks about devices that are not there.
+        """
+
+    def cost(self, request: AttentionRequest) -> float | None:
+        """Milliseconds that ``request`` takes here, which it supports; None if nobody knows.
+
+        ``"auto"`` compares it with other backends' estimates. Measure it on the device that the
+        request names, as the mean over several shares of sparse heads. None, which is what this
+        returns, leaves the backend at its place in the default order.
+        """
+        return None
 
     @abstractmethod
     def attend(

@@ -62,14 +62,17 @@ def main(
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Show versions, devices and backends, and why a backend is not available.
+    """Show versions, devices and backends, what auto would run, and why.
+
+    Where a backend is not available, its reason says what to do.
 
     Example: [bold]elasticore doctor[/]
     """
     import torch
 
     from elasticore import __version__
-    from elasticore.backends.registry import backends
+    from elasticore.backends.registry import AUTO, backends, choose
+    from elasticore.backends.typical import typical_requests
 
     versions: dict[str, str | None] = {
         "elasticore": __version__,
@@ -88,11 +91,17 @@ def doctor(as_json: Json = False) -> None:
             f"sm_{properties.major}{properties.minor}"
         )
     table = backends()
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    choices = {name: choose(AUTO, request) for name, request in typical_requests(device).items()}
     if as_json:
         report = {
             "versions": versions,
             "devices": devices,
             "backends": [backend._asdict() for backend in table],
+            "auto": {
+                name: {"backend": choice.name, "reason": choice.reason}
+                for name, choice in choices.items()
+            },
         }
         print(json.dumps(report, indent=2))
         return
@@ -101,7 +110,7 @@ def doctor(as_json: Json = False) -> None:
         lines.add_row(package, found or "[dim]not installed[/]")
     out.print(lines)
     out.print("[bold]Devices[/]", *devices, sep="\n  ")
-    shown = Table("backend", "available", "lanes", "devices", "reason", title="Backends")
+    shown = Table("backend", "available", "lanes", "devices", title="Backends")
     shown.title_justify = "left"
     for backend in table:
         available = "[green]yes[/]" if backend.available else "[red]no[/]"
@@ -110,9 +119,16 @@ def doctor(as_json: Json = False) -> None:
             available,
             " ".join(backend.lanes),
             " ".join(backend.devices),
-            escape(backend.reason),
         )
     out.print(shown)
+    for backend in table:
+        if backend.reason:
+            out.print(f"  [bold]{backend.name}[/]: {escape(backend.reason)}")
+    picks = Table("call", "backend", "why", title=f"What auto runs on {device}, in bfloat16")
+    picks.title_justify = "left"
+    for name, choice in choices.items():
+        picks.add_row(name, choice.name, escape(choice.reason))
+    out.print(picks)
 
 
 @app.command()
@@ -259,6 +275,7 @@ def run(
         "prompt_tokens": length,
         "new_tokens": output.shape[1] - length,
         "backend": one.backend,
+        "backend_reason": one.backend_reason,
         "msr": float(one.msr[0]),
         "esr": float(one.esr[0]),
         "esr_last_query": float(one.esr_last_query[0]),

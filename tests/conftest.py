@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 from elasticore.backends import registry
+from elasticore.patterns import registry as selectors
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest brings it along
 
 # Without a GPU the kernels run in Triton's interpreter; to be said before its first import.
 if not torch.cuda.is_available():
@@ -40,13 +49,58 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def clean_registry() -> Iterator[None]:
-    """The backend registry as it was before the test, whatever the test registers or chooses."""
+    """The registries as they were before the test, whatever the test registers or chooses."""
     registered, instances = dict(registry._registered), dict(registry._instances)
+    named = dict(selectors._SELECTORS)
     token = registry._default.set(registry.AUTO)
-    registry._entry_points.cache_clear()
+    _look_again()
     yield
     registry._default.reset(token)
-    for table, before in ((registry._registered, registered), (registry._instances, instances)):
+    tables = (registry._registered, registry._instances, selectors._SELECTORS)
+    for table, before in zip(tables, (registered, instances, named), strict=True):
         table.clear()
         table.update(before)
+    _look_again()
+
+
+def _look_again() -> None:
+    """Forget which packages are installed, and what ``auto`` chose."""
     registry._entry_points.cache_clear()
+    registry._forget()
+    selectors._entry_points.cache_clear()
+
+
+EXAMPLE = Path(__file__).resolve().parent / "plugins" / "elasticore_example"
+
+
+@pytest.fixture(scope="session")
+def example_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with ``tests/plugins/elasticore_example`` as pip would install it.
+
+    Written by hand: pip would need the network, or a build backend that is here already.
+    """
+    folder = tmp_path_factory.mktemp("site-packages")
+    shutil.copytree(EXAMPLE / "elasticore_example", folder / "elasticore_example")
+    project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text("utf-8"))["project"]
+    name, version = project["name"], project["version"]
+    about = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    points = [
+        "\n".join([f"[{group}]", *(f"{key} = {value}" for key, value in entries.items())])
+        for group, entries in project["entry-points"].items()
+    ]
+    (about / "entry_points.txt").write_text("\n\n".join(points) + "\n")
+    return folder
+
+
+@pytest.fixture
+def example(
+    example_path: Path, clean_registry: None, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
+    """The example package, installed for one test."""
+    monkeypatch.syspath_prepend(str(example_path))
+    _look_again()
+    yield example_path
+    for name in [name for name in sys.modules if name.startswith("elasticore_example")]:
+        del sys.modules[name]

@@ -12,6 +12,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from typer.testing import CliRunner
 
 import elasticore as ec
+from elasticore import SequenceLayout
+from elasticore.backends.flex.arrangement import arrange
+from elasticore.backends.flex.blocks import blocks_read
 from elasticore.backends.serial import SerialAttention
 from elasticore.bench import peers
 from elasticore.bench.attention import AttentionCase, Backend
@@ -21,6 +24,7 @@ from elasticore.bench.report import read_json, write_json
 from elasticore.bench.run import Record, Session, add_ratios
 from elasticore.bench.timing import Clock
 from elasticore.cli import app
+from elasticore.patterns import BlockLists
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -38,11 +42,20 @@ def work(share: float | None = 0.75, **sizes: object) -> AttentionWork:
     return AttentionCase("case", 1024, share, **{**SMALL, **sizes}).build(CPU)
 
 
+def blocks_of(work: AttentionWork) -> torch.Tensor:
+    """The key blocks that FlexAttention reads, diagonal ones too: bool ``[B, Hq, n, n]``."""
+    places = arrange(SequenceLayout.dense(), work.case.batch, 1024, 1024, 128, CPU)
+    lists = work.lists if work.case.sparse == "SELECTED" else None
+    read = blocks_read(work.plan, places, lists, work.case.heads)
+    both = ((read.whole, read.wholes), (read.diagonal, read.diagonals))
+    whole, diagonal = (BlockLists(*one).to_mask(8) for one in both)
+    return whole | diagonal
+
+
 def tokens_read(work: AttentionWork) -> torch.Tensor:
-    """FlexAttention's block mask, token by token: bool ``[B, Hq, T, T]``."""
-    blocks = peers._block_mask(work).to_dense().bool()
+    """The same token by token: bool ``[B, Hq, T, T]``."""
     causal = torch.ones(1024, 1024, dtype=torch.bool).tril()
-    return blocks.repeat_interleave(128, 2).repeat_interleave(128, 3) & causal
+    return blocks_of(work).repeat_interleave(128, 2).repeat_interleave(128, 3) & causal
 
 
 @pytest.mark.parametrize(
@@ -68,7 +81,7 @@ def test_a_peers_block_mask_is_the_work(case):
 @pytest.mark.parametrize("share", [0.0, 0.75, 1.0])
 def test_both_peers_with_masks_read_the_same(share):
     one = work(share)
-    (blocks,) = peers._block_mask(one).to_dense().bool()
+    (blocks,) = blocks_of(one)
     assert torch.equal(peers._blocks_read(one), blocks)
 
 

@@ -43,7 +43,9 @@ def pages_with(kind: str) -> list[Path]:
 
 @pytest.mark.usefixtures("clean_registry")
 @pytest.mark.parametrize("page", pages_with("python"), ids=lambda page: page.stem)
-def test_examples_of_a_page(page):
+def test_examples_of_a_page(page, request):
+    if "elasticore_example" in page.read_text(encoding="utf-8"):
+        request.getfixturevalue("example")
     names: dict[str, object] = {"__name__": "__main__"}
     runner = doctest.DocTestRunner(optionflags=FLAGS)
     for line, text in blocks(page, "python"):
@@ -126,6 +128,39 @@ def test_recipes_of_the_training_page_load(tmp_path):
         loaded = recipe.Recipe.load(tmp_path / "recipe.yaml")
         elasticore.ElasticConfig.from_dict(loaded.elastic)
         elasticore.LagrangianObjective(loaded.targets)
+
+
+@pytest.mark.usefixtures("clean_registry")
+def test_the_table_of_what_runs_where_asks_every_backend(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(DOCS), *sys.path])
+    support = importlib.import_module("support")
+    asked = []
+
+    class Particular(elasticore.backends.serial.SerialAttention):
+        devices = ("cuda", "xpu")
+
+        def supports(self, request):
+            asked.append(request)
+            fits = request.head_dim == 128 and request.queries > 1 and not request.gradients
+            return elasticore.Verdict(fits and request.dtype.itemsize == 2, "too particular.")
+
+    elasticore.register_backend("particular", Particular)
+    rows = [line.strip("| ").split(" | ") for line in support.support().splitlines()]
+    heads, table = rows[0], {tuple(row[:2]): row[2:] for row in rows[2:]}
+    assert {name for name, _ in table} == {f"`{info.name}`" for info in elasticore.backends()}
+    assert {request.device.type for request in asked} == {"cuda", "xpu"}, "there need be none"
+    assert dict(zip(heads[2:], table["`particular`", "xpu"], strict=True)) == {
+        "prefill": "bf16, fp16",
+        "decode": "–",
+        "gradients": "–",
+        "padded": "bf16, fp16",
+        "packed": "bf16, fp16",
+        "selector": "bf16, fp16",
+        "head_dim": "128",
+        "head_dim, gradients": "–",
+    }
+    # As on a GPU, though the tests run in Triton's interpreter.
+    assert table["`triton`", "cuda"][0] == "bf16, fp16, fp32"
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ from types import TracebackType
 from typing import NamedTuple
 
 from elasticore.attention import AttentionRequest, HybridHeadAttention, Verdict, require
+from elasticore.backends import costs
+from elasticore.backends.auto import Choice, fastest, reason
 from elasticore.errors import UnknownBackend, UnsupportedRequest
 from elasticore.plan import HeadMode
 
@@ -19,16 +21,24 @@ __all__ = ["BackendInfo", "backends", "current_backend", "register_backend", "us
 AUTO = "auto"
 ENTRY_POINTS = "elasticore.backends"
 
-# Built-in backends, fastest first, by the place of their class: none is imported before it is
-# asked for. ``auto`` tries them in this order, then those that were registered, whose speed nobody
-# has vouched for: to run one of those, name it.
+# Built-in backends by the place of their class: none is imported before it is asked for. This is
+# the default order, which decides where no times are known; those that were registered follow, so
+# without an estimate of their own they run only if they are named.
 _BUILT_IN = {
     "triton": "elasticore.backends.triton:TritonAttention",
+    "flashinfer": "elasticore.backends.flashinfer:FlashInferAttention",
+    "flex": "elasticore.backends.flex:FlexAttention",
     "serial": "elasticore.backends.serial:SerialAttention",
 }
 
+REMEMBERED = 4096
+"""Requests whose choice ``auto`` remembers; a decoding step is a new one, as its keys grow."""
+
 _registered: dict[str, type[HybridHeadAttention]] = {}
 _instances: dict[str, HybridHeadAttention] = {}
+# What ``auto`` remembers, until the backends are asked afresh or another one is registered.
+_chosen: dict[AttentionRequest, Choice] = {}
+_unavailable: dict[str, Verdict] = {}
 _default: ContextVar[str] = ContextVar("elasticore_backend", default=AUTO)
 
 
@@ -99,6 +109,7 @@ def register_backend(
         raise ValueError(f"name {name!r} is taken; choose another or pass replace=True.")
     _registered[name] = backend
     _instances.pop(name, None)
+    _forget()
 
 
 @dataclass
@@ -133,7 +144,8 @@ def use_backend(name: str) -> _Selection:
     Parameters
     ----------
     name
-        A registered backend, or ``"auto"`` for the fastest that is available and supports the call.
+        A registered backend, or ``"auto"`` for the one that is estimated to be the fastest of those
+        that are available and support the call.
 
     Raises
     ------
@@ -159,10 +171,17 @@ def current_backend() -> str:
 
 
 def backends() -> BackendTable:
-    """Every known backend: name, whether it is available, why not, lanes and devices."""
+    """Every known backend: name, whether it is available, why not, lanes and devices.
+
+    All are asked afresh, and ``auto`` then chooses afresh: call it after installing one.
+    """
+    _entry_points.cache_clear()
+    _forget()
     table = BackendTable()
     for name in _names():
         verdict = _verdict(name)
+        if not verdict.ok:
+            _instances.pop(name, None)  # it was available before
         try:
             cls = _class(name)
             lanes = tuple(mode.name for mode in HeadMode if mode in cls.lanes)
@@ -174,36 +193,94 @@ def backends() -> BackendTable:
 
 
 def resolve(name: str | None, request: AttentionRequest) -> HybridHeadAttention:
+    """The backend that runs ``request``; see :func:`choose`."""
+    return choose(name, request).engine
+
+
+def choose(name: str | None, request: AttentionRequest) -> Choice:
     """The backend that runs ``request``: ``name``, or the context's choice if None.
+
+    Nothing is read from the device, so which backend runs never depends on which heads are sparse.
+    ``"auto"`` asks every backend once per request and remembers the answer.
 
     Raises
     ------
     UnknownBackend, UnsupportedRequest
         If there is no such backend, or it (with ``"auto"``: every one) cannot do the request.
+
+    Examples
+    --------
+    >>> from elasticore.backends.typical import example_request
+    >>> choose("serial", example_request()).name
+    'serial'
     """
     name = _default.get() if name is None else name
-    if name != AUTO:
-        backend = _instances.get(name) if isinstance(name, str) else None
-        if backend is None:
-            _check_usable(name)
-            backend = _instance(name)
-        require(Verdict(*backend.supports(request)), name)
-        return backend
-    reasons = []
-    for candidate in _names():
-        backend = _instances.get(candidate)
-        verdict = Verdict(True) if backend else _verdict(candidate)
+    if name == AUTO:
+        return _chosen.get(request) or _choose(request)
+    backend = _instances.get(name) if isinstance(name, str) else None
+    if backend is None:
+        _check_usable(name)
+        backend = _instance(name)
+    require(Verdict(*backend.supports(request)), name)
+    return Choice(name, backend)
+
+
+def _choose(request: AttentionRequest) -> Choice:
+    """What ``auto`` takes for a request that it has not seen."""
+    estimates: dict[str, float | None] = {}
+    refusals = []
+    for name in _names():
+        if estimates and estimates[fastest(estimates)] is None:
+            break  # nobody can take its place: do not even load the others
+        verdict = _fits(name, request)
         if verdict.ok:
-            backend = _instance(candidate)
-            if request.device.type in backend.devices:
-                verdict = Verdict(*backend.supports(request))
-            else:
-                # It may still run there when named: Triton's interpreter on a CPU, for one.
-                verdict = Verdict(False, f"it is not made for {request.device.type} tensors.")
-            if verdict.ok:
-                return backend
-        reasons.append(f"{candidate}: {verdict.reason}")
-    raise UnsupportedRequest("no backend can do this call: " + "; ".join(reasons))
+            estimates[name] = _estimate(name, request)
+        else:
+            refusals.append(f"{name}: {verdict.reason}")
+    if not estimates:
+        raise UnsupportedRequest("no backend can do this call: " + "; ".join(refusals))
+    best = fastest(estimates)
+    choice = Choice(best, _instance(best), reason(best, estimates))
+    if len(_chosen) >= REMEMBERED:
+        _chosen.clear()
+    _chosen[request] = choice
+    return choice
+
+
+def _fits(name: str, request: AttentionRequest) -> Verdict:
+    """Whether a backend is available, made for the request's device, and supports it."""
+    if name not in _instances:
+        if name not in _unavailable and not (verdict := _verdict(name)).ok:
+            _unavailable[name] = verdict
+        if name in _unavailable:
+            return _unavailable[name]
+    try:
+        backend = _instance(name)
+        if request.device.type not in backend.devices:
+            # It may still run there when named: Triton's interpreter on a CPU, for one.
+            return Verdict(False, f"it is not made for {request.device.type} tensors.")
+        return Verdict(*backend.supports(request))
+    except Exception as error:
+        if name in _BUILT_IN:
+            raise
+        return Verdict(False, f"it failed to answer ({type(error).__name__}: {error}).")
+
+
+def _forget() -> None:
+    """Let ``auto`` ask and choose again."""
+    _chosen.clear()
+    _unavailable.clear()
+
+
+def _estimate(name: str, request: AttentionRequest) -> float | None:
+    """Milliseconds by the backend's own word, or by what was measured."""
+    try:
+        own = _instance(name).cost(request)
+    except Exception:
+        if name in _BUILT_IN:
+            raise
+        return None
+    return costs.estimate(name, request) if own is None else own
 
 
 def _check_usable(name: object) -> None:
@@ -251,10 +328,12 @@ def _verdict(name: str) -> Verdict:
     try:
         # Whoever answers with a plain (ok, reason) is understood too.
         return Verdict(*_class(name).available())
-    except (
-        Exception
-    ) as error:  # somebody else's package may fail in any way; it must not break ours
-        return Verdict(False, f"its package failed to load ({type(error).__name__}: {error}).")
+    except Exception as error:  # another package may fail in any way; it must not break ours
+        return Verdict(
+            False,
+            f"its package failed to load ({type(error).__name__}: {error}); reinstall it, or "
+            "uninstall it if you do not need it.",
+        )
 
 
 def _instance(name: str) -> HybridHeadAttention:

@@ -20,6 +20,10 @@ from elasticore.plan import HeadMode
 
 __all__ = ["AttentionCase", "Backend", "DecodeCase", "OneByOne", "decode_cases", "prefill_cases"]
 
+OTHERS = ("flex", "flashinfer")
+"""Backends whose kernels are another project's."""
+WAITING = ("serial", "flashinfer")
+"""Backends that wait for the device, so that no CUDA graph holds them."""
 SERIAL_LONGEST = 16384, 4096
 """Tokens up to which the serial backend is measured on a GPU; with SELECTED heads."""
 
@@ -71,11 +75,10 @@ class AttentionCase(Case):
         """Every registered backend, then the peers that do the same work."""
         ours: list[Engine] = [Backend(info.name) for info in backends()]
         if self.batch > 1:
-            ours += [OneByOne(info.name) for info in backends()]
-            return [*ours, peers.Flex()]
+            return [*ours, *(OneByOne(engine.name) for engine in ours if not engine.peer)]
         if self.share == 0:
-            return [*ours, *peers.DENSE, peers.Flex()]
-        return [*ours, peers.Flex(), peers.CudnnAndFlex(), peers.FlashInferBlockSparse()]
+            return [*ours, *peers.DENSE]
+        return [*ours, peers.CudnnAndFlex(), peers.FlashInferBlockSparse()]
 
     def build(self, device: torch.device) -> AttentionWork:
         """Make q, k, v and the plan."""
@@ -115,17 +118,19 @@ class DecodeCase(AttentionCase):
 
 
 class Backend(Engine):
-    """One of our backends, or one that a package registered, in one call."""
+    """One of our backends, or one that a package registered, in one call.
 
-    peer = False
+    What it prepares for a plan is there after the first call, so it is not timed.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = self.backend = name
+        self.peer = name in OTHERS
 
     def available(self, case: AttentionCase, device: torch.device) -> Verdict:
         """Whether the backend can run here."""
         info = next(info for info in backends() if info.name == self.backend)
-        if info.available and device.type == "cuda" and case.queries == 1 and self._serial:
+        if info.available and device.type == "cuda" and case.queries == 1 and self.name in WAITING:
             return Verdict(False, "it waits for the device in every call: no CUDA graph holds it.")
         return Verdict(info.available, info.reason)
 

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from elasticore.attention import Verdict
+from elasticore.backends.flex import FlexAttention
 from elasticore.bench.cases import Engine, Ready
 from elasticore.bench.timing import planned
 from elasticore.plan import HeadMode
@@ -33,7 +34,6 @@ __all__ = [
     "FlashInfer",
     "FlashInferBlockSparse",
     "FlashInferDecode",
-    "Flex",
     "Sdpa",
     "compiled_flex",
 ]
@@ -76,30 +76,6 @@ class Sdpa(Engine):
         return Ready(work.as_timed(call))
 
 
-class Flex(Engine):
-    """FlexAttention with a block mask per head.
-
-    The mask is written down from the routing, block by block: nothing of the size of the scores is
-    evaluated. Only diagonal blocks are masked inside.
-    """
-
-    name = "flex"
-
-    def available(self, case: AttentionCase, device: torch.device) -> Verdict:
-        """On a GPU; its CPU kernels are another matter."""
-        return _needs_gpu(device)
-
-    def prepare(self, work: AttentionWork) -> Ready:
-        """Write the block mask."""
-        attend = compiled_flex()
-        mask, plan_ms = planned(work.device, lambda: _block_mask(work))
-
-        def call() -> Tensor:
-            return attend(work.q, work.k, work.v, block_mask=mask, enable_gqa=True)
-
-        return Ready(call, plan_ms)
-
-
 class CudnnAndFlex(Engine):
     """One lane after the other: FULL heads through cuDNN, STREAMING heads through FlexAttention.
 
@@ -120,7 +96,7 @@ class CudnnAndFlex(Engine):
         return Sdpa(self.name, SDPBackend.CUDNN_ATTENTION).available(case, device)
 
     def prepare(self, work: AttentionWork) -> Ready:
-        """Write the block mask of the STREAMING heads, and where each lane's heads lie."""
+        """Find out where each lane's heads lie; the first call writes the block mask."""
         (modes,) = work.routing
         group = work.case.heads // work.case.kv_heads
 
@@ -130,8 +106,8 @@ class CudnnAndFlex(Engine):
             return every.flatten(), heads
 
         (full_q, full), (stream_q, stream) = lane(HeadMode.FULL), lane(HeadMode.STREAMING)
-        attend = compiled_flex()
-        mask, plan_ms = planned(work.device, lambda: _block_mask(work, stream_q))
+        flex = FlexAttention()
+        plan = work.plan.with_modes(work.plan.modes[:, stream])
 
         def call() -> Tensor:
             out = torch.empty_like(work.q)
@@ -143,22 +119,18 @@ class CudnnAndFlex(Engine):
                     is_causal=True,
                     enable_gqa=True,
                 )
-            out[:, stream_q] = attend(
-                work.q[:, stream_q],
-                work.k[:, stream],
-                work.v[:, stream],
-                block_mask=mask,
-                enable_gqa=True,
+            out[:, stream_q] = flex.attend(
+                work.q[:, stream_q], work.k[:, stream], work.v[:, stream], plan
             )
             return out
 
-        return Ready(call, plan_ms)
+        return Ready(call)
 
 
 class FlashInfer(Engine):
     """FlashInfer's dense prefill of one sequence: FlashAttention-3 on Hopper."""
 
-    name = "flashinfer"
+    name = "flashinfer-dense"
 
     def available(self, case: AttentionCase, device: torch.device) -> Verdict:
         """Whether the package is installed, on a GPU."""
@@ -285,10 +257,6 @@ DENSE_DECODE: tuple[Engine, ...] = (*_SDPA, FlashInferDecode())
 """Peers that read everything, for decoding."""
 
 
-def _causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    return query >= key
-
-
 @functools.cache
 def compiled_flex() -> Callable[..., Tensor]:
     """FlexAttention, compiled once per shape.
@@ -311,45 +279,3 @@ def _blocks_read(work: AttentionWork) -> Tensor:
     near = (block < sink) | (block > row - local)
     streaming = work.plan.modes[0] == int(HeadMode.STREAMING)
     return (block <= row) & (near | ~streaming[:, None, None])
-
-
-def _block_mask(work: AttentionWork, heads: Tensor | None = None) -> Any:
-    """FlexAttention's block mask of a work's routing, of all query heads or some.
-
-    Row block i reads its diagonal block under the causal mask, and whole blocks before that: the
-    n-th is n for a FULL head; a STREAMING head skips from its sink to its window; a SELECTED head
-    has a list, whose last entry is the diagonal.
-    """
-    from torch.nn.attention.flex_attention import BlockMask
-
-    case, device = work.case, work.device
-    rows = -(-case.length // BLOCK)
-    n = torch.arange(rows, dtype=torch.int32, device=device)
-    row = n[:, None]
-    modes = work.plan.modes.repeat_interleave(case.heads // case.kv_heads, 1)[:, :, None]
-    if heads is not None:
-        modes = modes[:, heads]
-    sink, local = work.plan.streaming.blocks(BLOCK)
-    gap = (row - (sink + local - 1)).clamp(min=0)
-    streaming = modes == int(HeadMode.STREAMING)
-    count = torch.where(streaming, n.clamp(max=sink + local - 1), n)
-    index = torch.where(streaming[..., None], n + torch.where(n < sink, 0, gap), n.expand(rows, -1))
-    if case.sparse == "SELECTED":
-        lists = work.choose()
-        selected = modes == int(HeadMode.SELECTED)
-        count = torch.where(selected, lists.counts - 1, count)
-        listed = lists.indices[..., :rows]
-        width = listed.shape[-1]
-        chosen = torch.where(selected[..., None], listed, index[..., :width])
-        index = torch.cat([chosen, index[..., width:]], -1)
-    diagonal = row.expand_as(index).contiguous()
-    return BlockMask.from_kv_blocks(
-        torch.ones_like(count),
-        diagonal,
-        count.to(torch.int32),
-        index.clamp(0, rows - 1),  # what is beyond the count is not read, but must exist
-        BLOCK_SIZE=BLOCK,
-        mask_mod=_causal,
-        seq_lengths=(case.length, case.length),
-        compute_q_blocks=False,  # only a backward needs them
-    )

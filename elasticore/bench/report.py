@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from elasticore import __version__
+from elasticore.backends.costs import family
 from elasticore.bench.cases import Case, case_type
 from elasticore.bench.run import Record
 
@@ -50,6 +51,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "command": shlex.join(["elasticore", *sys.argv[1:]]),
         "commit": _commit(),
         "gpu": torch.cuda.get_device_name(device) if gpu else None,
+        "capability": family(device),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "cpu": platform.processor() or platform.machine(),
         "cpu_threads": torch.get_num_threads(),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from elasticore.attention import AttentionRequest
-from elasticore.backends.registry import resolve
+from elasticore.backends.registry import choose
 from elasticore.layout import Segments
 from elasticore.patterns import BlockLists
 from elasticore.plan import HeadPlan
@@ -45,13 +45,16 @@ class Pass:
     seconds
         Wall time of the base model's forward, the device's work included.
     backend
-        What ran the attention.
+        The name of what ran the attention, never ``"auto"``; several if the layers differ.
+    backend_reason
+        Why ``"auto"`` took it; empty if it was named.
     local_layers
         Layers that the model keeps inside a window of its own; in none of the ratios.
     """
 
     prefill: bool
     backend: str
+    backend_reason: str
     local_layers: int
     queries: Tensor
     keys: Tensor
@@ -69,7 +72,9 @@ class Trace:
 
     passes: list[Pass] = field(default_factory=list)
     _layers: dict[int, dict[str, Tensor]] = field(default_factory=dict)
-    _about: tuple[bool, str, int, Segments] | None = None
+    # What ran them and why; a dict, as most layers say the same.
+    _choices: dict[tuple[str, str], None] = field(default_factory=dict)
+    _about: tuple[bool, int, Segments] | None = None
 
     @property
     def prefill(self) -> Pass:
@@ -113,8 +118,9 @@ class Trace:
     ) -> None:
         """Note one layer of the pass under way; a recomputed layer overwrites itself."""
         if self._about is None:
-            backend = resolve(None, request).name
-            self._about = (prefill, backend, layer.model.local_layers, segments)
+            self._about = (prefill, layer.model.local_layers, segments)
+        choice = choose(None, request)
+        self._choices[choice.name, choice.reason] = None
         self._layers[layer.index] = {
             "decisions": decisions.detach().cpu(),
             "modes": plan.modes.cpu(),
@@ -124,19 +130,21 @@ class Trace:
 
     def start(self) -> None:
         """A pass begins; forget what one that failed midway has left."""
-        self._layers, self._about = {}, None
+        self._layers, self._choices, self._about = {}, {}, None
 
     def finish(self, seconds: float) -> None:
         """The pass under way is over."""
         if self._about is None:
             return
-        prefill, backend, local_layers, segments = self._about
+        prefill, local_layers, segments = self._about
+        names, reasons = (list(dict.fromkeys(said)) for said in zip(*self._choices, strict=True))
         layers = [self._layers[index] for index in sorted(self._layers)]
         stacked = {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
         self.passes.append(
             Pass(
                 prefill=prefill,
-                backend=backend,
+                backend=", ".join(names),
+                backend_reason="; ".join(filter(None, reasons)),
                 local_layers=local_layers,
                 queries=segments.query_length.cpu(),
                 keys=segments.key_length.cpu(),
@@ -148,7 +156,7 @@ class Trace:
                 seconds=seconds,
             )
         )
-        self._layers, self._about = {}, None
+        self.start()
 
 
 @contextmanager

@@ -297,6 +297,7 @@ class LayerState:
         prefill: bool,
         scale: float | None,
     ) -> None:
+        request = AttentionRequest.of(q, k, v, plan, layout)  # with the gradients it asks for
         with torch.no_grad():
             selection = None
             if plan.selector is not None and bool((plan.modes == int(HeadMode.SELECTED)).any()):
@@ -307,7 +308,6 @@ class LayerState:
                     block_size=plan.block_size,
                     scale=q.shape[3] ** -0.5 if scale is None else scale,
                 )
-            request = AttentionRequest.of(q, k, v, plan, layout)
             for trace in active_traces():
                 trace.add(self, plan, segments, selection, decisions, prefill, request)
 

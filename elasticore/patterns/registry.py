@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib.metadata
 from typing import Any
 
 from elasticore.patterns.selector import BlockSelector
@@ -10,11 +12,16 @@ from elasticore.patterns.xattention import XAttention
 
 __all__ = ["register_selector", "selector_from_dict", "selector_to_dict"]
 
+ENTRY_POINTS = "elasticore.selectors"
+
 _SELECTORS: dict[str, type[BlockSelector]] = {"xattention": XAttention}
 
 
 def register_selector(name: str, selector: type[BlockSelector]) -> None:
     """Make a selector known to configuration files under ``name``.
+
+    A package can do the same without being imported, by an entry point in the group
+    ``elasticore.selectors``.
 
     Parameters
     ----------
@@ -41,8 +48,12 @@ def register_selector(name: str, selector: type[BlockSelector]) -> None:
 
 def selector_to_dict(selector: BlockSelector) -> dict[str, Any]:
     """``{"name": ..., settings...}`` of a registered selector."""
-    for name, cls in _SELECTORS.items():
-        if type(selector) is cls:
+    for name in _names():
+        try:
+            found = type(selector) is _class(name)
+        except Exception:  # another package that is broken: not the one of this selector
+            continue
+        if found:
             return {"name": name, **dataclasses.asdict(selector)}  # type: ignore[call-overload]
     raise ValueError(
         f"selector {type(selector).__name__} has no name; call elasticore.register_selector first."
@@ -53,9 +64,30 @@ def selector_from_dict(data: dict[str, Any]) -> BlockSelector:
     """The selector that :func:`selector_to_dict` wrote."""
     settings = dict(data)
     name = settings.pop("name", None)
-    if name not in _SELECTORS:
-        raise ValueError(f"selector {name!r} is unknown; there are: {', '.join(_SELECTORS)}.")
+    if name not in _names():
+        raise ValueError(f"selector {name!r} is unknown; there are: {', '.join(_names())}.")
     try:
-        return _SELECTORS[name](**settings)
+        selector = _class(name)
+    except Exception as error:
+        raise ValueError(
+            f"selector {name!r}: its package failed to load ({type(error).__name__}: {error})."
+        ) from error
+    try:
+        return selector(**settings)
     except TypeError as error:
         raise ValueError(f"selector {name!r} does not take these settings: {error}.") from None
+
+
+@functools.cache
+def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
+    return {entry.name: entry for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+
+
+def _names() -> list[str]:
+    return list(dict.fromkeys([*_SELECTORS, *_entry_points()]))
+
+
+def _class(name: str) -> type[BlockSelector]:
+    if name not in _SELECTORS:
+        register_selector(name, _entry_points()[name].load())
+    return _SELECTORS[name]

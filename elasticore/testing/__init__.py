@@ -10,12 +10,14 @@ In a test file::
     def test_output(case):
         testing.check_output("mine", case, device="cuda")
 
-or all at once, with a table at the end: ``testing.check_backend("mine", device="cuda")``.
+or all at once: ``testing.check_backend("mine", device="cuda")``. From the command line, in several
+processes and over every combination: ``python -m elasticore.testing mine``.
 """
 
 from elasticore.testing.cases import Case, matrix
 from elasticore.testing.checks import (
     check_backend,
+    check_checkpointing,
     check_gradients,
     check_output,
     check_repeatable,
@@ -32,6 +34,7 @@ __all__ = [
     "ScatteredBlocks",
     "attended",
     "check_backend",
+    "check_checkpointing",
     "check_gradients",
     "check_output",
     "check_repeatable",

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from elasticore.attention import AttentionRequest
 from elasticore.backends.registry import resolve
@@ -20,6 +21,7 @@ from elasticore.testing.reference import dense_attention
 
 __all__ = [
     "check_backend",
+    "check_checkpointing",
     "check_gradients",
     "check_output",
     "check_repeatable",
@@ -145,6 +147,36 @@ def check_repeatable(
     for name, first, second in zip(names, run(), run(), strict=False):
         if not torch.equal(first, second):
             raise AssertionError(f"{backend}: {name} of two runs of {case} differ.")
+
+
+def check_checkpointing(
+    backend: str,
+    case: Case,
+    *,
+    modes: tuple[HeadMode, HeadMode] = (HeadMode.FULL, HeadMode.STREAMING),
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> None:
+    """Under gradient checkpointing, output and gradients have the bits that they have without."""
+    problem = make_problem(case, dtype=dtype, device=device, gate=modes)
+    _require_support(backend, problem)
+    assert problem.plan.gate is not None
+    inputs = (problem.q, problem.k, problem.v, problem.plan.gate)
+    weight = torch.randn(problem.q.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    weight = weight.to(device)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+        plan = dataclasses.replace(problem.plan, gate=gate, check=False)
+        return problem._replace(q=q, k=k, v=v, plan=plan).run(backend)
+
+    plain, again = run(*inputs), checkpoint(run, *inputs, use_reentrant=False)
+    pairs = {"output": (plain, again)}
+    gradients = (torch.autograd.grad(out, inputs, weight) for out in (plain, again))
+    for name, one, other in zip(("q", "k", "v", "gate"), *gradients, strict=True):
+        pairs[f"gradient of {name}"] = one, other
+    for name, (first, second) in pairs.items():
+        if not torch.equal(first, second):
+            raise AssertionError(f"{backend}: checkpointing changes the {name} of {case}.")
 
 
 def check_backend(

@@ -1,0 +1,1 @@
+"""A backend and a pattern for elasticore, as small as they can be."""
