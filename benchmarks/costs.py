@@ -31,15 +31,13 @@ from rich.table import Table
 from elasticore.backends.auto import fastest
 from elasticore.backends.costs import HEADS, KV_HEADS
 from elasticore.backends.registry import _BUILT_IN
+from elasticore.bench.attention import PREPARING
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 TABLE = HERE.parent / "elasticore" / "backends" / "costs.json"
 SOURCES = [RESULTS / "bench-attention.json", RESULTS / "bench-decode.json"]
 ALLOWED = 1.02
-PREPARING = ("flashinfer", "flex")
-"""Backends that prepare something once per routing. Every layer of a model has a routing of its
-own, so their times count only together with that of the preparation, ``plan_ms``."""
 CAPABILITIES = {"NVIDIA H200": "9.0"}
 """Of GPUs in files that do not say it."""
 
@@ -103,7 +101,9 @@ def kinds(cases: dict[str, Any]) -> Kinds:
         for name, engine in case["engines"].items():
             if name not in _BUILT_IN or not engine["ms"]:
                 continue
-            if name in PREPARING and engine["plan_ms"] is None:
+            # Every layer of a model has a routing of its own, so the time to prepare for it counts.
+            prepares = name in PREPARING and parameters["sparse"] == "STREAMING" and not decoding
+            if prepares and engine["plan_ms"] is None:
                 continue
             ms = engine["ms"] + (engine["plan_ms"] or 0)
             place = kind(parameters, case["suite"]), tokens

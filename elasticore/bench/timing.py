@@ -11,7 +11,16 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-__all__ = ["Call", "Clock", "Timing", "captured", "interleave", "planned", "start_on_cpu"]
+__all__ = [
+    "Call",
+    "Clock",
+    "Timing",
+    "captured",
+    "interleave",
+    "planned",
+    "start_on_cpu",
+    "stopped",
+]
 
 Result = TypeVar("Result")
 Call = Callable[[], object]
@@ -120,6 +129,19 @@ def planned(device: torch.device, plan: Callable[[], Result]) -> tuple[Result, f
     result = plan()
     clock.wait()
     return result, (time.perf_counter() - started) * 1e3
+
+
+def stopped(device: torch.device, call: Callable[[], Any], runs: int = 5) -> float:
+    """The median milliseconds of ``call`` until the device is done, after a first run."""
+    clock = Clock(device)
+    times = []
+    for _ in range(1 + runs):
+        clock.wait()
+        started = time.perf_counter()
+        call()
+        clock.wait()
+        times.append((time.perf_counter() - started) * 1e3)
+    return statistics.median(times[1:])
 
 
 def captured(call: Callable[[], Result]) -> Callable[[], Result]:

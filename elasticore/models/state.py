@@ -161,6 +161,8 @@ class LayerState:
     index: int
     attention: nn.Module
     model: ModelState
+    continued: tuple[Tensor, bool, HeadPlan] | None = None
+    """The last plan for a filled cache, and what it was made of: one for all steps of decoding."""
 
     def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the attention module: note the cache as it is before this pass."""
@@ -274,9 +276,16 @@ class LayerState:
 
     def _continue(self, decisions: Tensor, queries: int) -> HeadPlan:
         """The plan of a pass on top of a cache: decoding, a later chunk or a further turn."""
+        short = queries < self.model.config.block_size
+        last = self.continued  # read once: another thread may generate as well
+        if last is None or not _same(last[:2], (decisions, short)):
+            last = self.continued = decisions, short, self._new_plan(decisions, short)
+        return last[2]
+
+    def _new_plan(self, decisions: Tensor, short: bool) -> HeadPlan:
         config = self.model.config
         modes = self._modes(decisions)
-        if queries < config.block_size:
+        if short:
             if config.decode == "full":
                 modes = torch.zeros_like(modes)
             else:

@@ -155,6 +155,7 @@ def test_routers_train_over_it(backend: str, packed: bool, tmp_path: Path) -> No
 def test_the_demo_runs_over_it(backend: str) -> None:
     if backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("Triton's interpreter takes minutes for it.")
+    dtype_of(backend)
     with ec.use_backend(backend):
         (answer,) = run_demo(prompts=[("needle", 0)], length=256)
     assert answer.backend == backend

@@ -32,8 +32,12 @@ PAIRS = ((FULL, STREAMING), (FULL, SELECTED), (SELECTED, STREAMING))
 def block_masks(blocks: Blocks, others: int) -> tuple[Tensor, Tensor]:
     """The blocks that are read whole, and those masked inside: bool ``[rows, Hq, n, others]``."""
     assert bool((blocks.diagonals <= 1).all())
+    # Older kernels find the rows of both with the strides of one, and PyTorch would copy what does
+    # not start at 16 bytes.
+    assert blocks.diagonal.stride() == blocks.whole.stride()
+    assert blocks.diagonal.data_ptr() % 16 == blocks.whole.data_ptr() % 16 == 0
     for index in (blocks.diagonal, blocks.whole):  # a kernel may look up what it does not read
-        assert index.is_contiguous() and bool(((index >= 0) & (index < others)).all())
+        assert index.stride(3) == 1 and bool(((index >= 0) & (index < others)).all())
     whole = BlockLists(blocks.whole, blocks.wholes).to_mask(others)
     diagonal = BlockLists(blocks.diagonal, blocks.diagonals).to_mask(others)
     assert not bool((whole & diagonal).any())
@@ -235,18 +239,20 @@ def test_it_never_runs_uncompiled() -> None:
 
     x = torch.randn(1, 2, 64, 16)
     plan = HeadPlan(torch.tensor([[0, 1]], dtype=torch.int8))
+    backend._compiled.cache_clear()  # what torch.compile returns now must not be kept
     with (
         torch._dynamo.config.patch(disable=True),
         pytest.raises(ec.ElasticoreError, match="without being compiled"),
     ):
         Compiled().attend(x, x, x, plan)
+    assert backend._compiled.cache_info().currsize == 0
 
 
 # --- Refusals ------------------------------------------------------------------------------------
 
 
 def request(**changes: Any) -> ec.AttentionRequest:
-    problem = testing.make_problem(Case("packed", 7, 128, 129, "some", "32"))
+    problem = testing.make_problem(Case("packed", 7, 128, 129, "some", "128"))
     one = ec.AttentionRequest.of(problem.q, problem.k, problem.v, problem.plan, problem.layout)
     usual = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "gradients": True}
     return dataclasses.replace(one, **{**usual, **changes})
@@ -258,6 +264,7 @@ def request(**changes: Any) -> ec.AttentionRequest:
         ({"dtype": torch.float64}, "float64 is none of"),
         ({"head_dim": 8}, "head_dim 8 is not from 16 to 256"),
         ({"device": torch.device("cpu")}, "runs on NVIDIA GPUs"),
+        ({"block_size": 64}, "gradients in 16 bits need blocks of 128 or a multiple, not 64"),
     ],
 )
 def test_what_it_cannot_do_is_refused(changes: dict[str, Any], reason: str) -> None:

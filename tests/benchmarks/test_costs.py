@@ -50,8 +50,12 @@ def case(share: float | None, engines: dict[str, Any], **changes: Any) -> dict[s
 
 
 CASES = {
-    "attention-4K-0": case(0.0, {"triton": 3.0, "serial": 4.0, "sdpa-cudnn": 3.1, "flex": 1.0}),
-    "attention-4K-1": case(1.0, {"triton": 1.0, "serial": None, "sdpa-cudnn": None, "flex": 1.0}),
+    "attention-4K-0": case(
+        0.0, {"triton": 3.0, "serial": 4.0, "sdpa-cudnn": 3.1, "flex": 1.0, "flashinfer": 0.5}
+    ),
+    "attention-4K-1": case(
+        1.0, {"triton": 1.0, "serial": None, "sdpa-cudnn": None, "flex": 1.0, "flashinfer": 0.5}
+    ),
     "attention-xa-4K-1": case(1.0, {"triton": 2.0, "flashinfer": 1.0}, sparse="SELECTED"),
     "attention-batch4-4K": case(None, {"triton": 9.0}, batch=4),
     "decode-batch8-4K-0": case(0.0, {"triton": 0.5}, suite="decode", batch=8),
@@ -80,7 +84,8 @@ def test_a_time_is_the_mean_over_the_shares_with_what_a_routing_costs(
         "9.0": {
             # Not serial, which lacks a share; flex with its plan; no flashinfer without one.
             "prefill-d128": {"triton": {"4096": 2.0}, "flex": {"4096": 3.0}},
-            "selected-d128": {"triton": {"4096": 2.0}},
+            # With selected blocks everything is made in every call.
+            "selected-d128": {"triton": {"4096": 2.0}, "flashinfer": {"4096": 1.0}},
             "decode-d128": {"triton": {"32768": 0.5}},
         }
     }

@@ -230,6 +230,27 @@ def test_decode_full_reads_everything_after_the_prompt() -> None:
     torch.testing.assert_close(logits, expected, **CLOSE)
 
 
+def test_all_steps_of_decoding_share_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a backend prepares for a plan is prepared once, and never used for another prompt."""
+    model = elastic(tiny(), ByContent)
+    plans = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, plan: Any, **settings: Any) -> Tensor:
+        plans.append(plan)
+        return elasticore.hybrid_head_attention(q, k, v, plan, **settings)
+
+    monkeypatch.setattr("elasticore.models.state.hybrid_head_attention", attend)
+    layers = model.config.num_hidden_layers
+    one, other = (model(tokens(1, 80, seed)).past_key_values for seed in (1, 2))
+    for cache in (one, one, other, one):
+        model(tokens(1, 1, 1), past_key_values=cache)
+    first, second, third, fourth = (plans[n * layers :][:layers] for n in (2, 3, 4, 5))
+    assert all(a is b for a, b in zip(first, second, strict=True))
+    assert all(a is not b for a, b in zip(second, third, strict=True))
+    for a, b in zip(first, fourth, strict=True):
+        assert torch.equal(a.modes, b.modes)
+
+
 def test_streaming_heads_go_on_streaming() -> None:
     model, prompt = elastic(tiny(), AllSparse), tokens(1, 80)
     cache = model(prompt).past_key_values

@@ -70,7 +70,10 @@ class FlexAttention(HybridHeadAttention):
         return Verdict(True)
 
     def supports(self, request: AttentionRequest) -> Verdict:
-        """bfloat16, float16 and float32, head_dim from 16 to 256, on a GPU."""
+        """bfloat16, float16 and float32, head_dim from 16 to 256, on a GPU.
+
+        Gradients in 16 bits need blocks of 128 or a multiple.
+        """
         if request.device.type not in self.devices:
             # On a CPU it would hold all scores, or have no gradients.
             return Verdict(
@@ -82,6 +85,12 @@ class FlexAttention(HybridHeadAttention):
             )
         if request.head_dim not in HEAD_DIMS:
             return Verdict(False, f"head_dim {request.head_dim} is not from 16 to 256.")
+        if request.gradients and request.dtype.itemsize == 2 and request.block_size % 128:
+            # The tiles of PyTorch's backward kernel must divide a block, and cannot be chosen.
+            return Verdict(
+                False,
+                f"gradients in 16 bits need blocks of 128 or a multiple, not {request.block_size}.",
+            )
         return Verdict(True)
 
     def attend(
@@ -151,6 +160,8 @@ class FlexAttention(HybridHeadAttention):
                 _any_size(side.diagonals, 0, 2)
                 _any_size(side.whole, 0, 2, 3)
                 _any_size(side.wholes, 0, 2)
+        if torch._dynamo.config.disable:  # what torch.compile returns then would never compile
+            _refuse_uncompiled()
         # Beyond the limit PyTorch raises, as the graph must be whole. Otherwise it would quietly go
         # on with a version that holds all scores.
         with torch._dynamo.config.patch(recompile_limit=VERSIONS):
@@ -163,10 +174,17 @@ def _any_size(x: Tensor, *axes: int) -> None:
         torch._dynamo.maybe_mark_dynamic(x, axis)
 
 
+def _refuse_uncompiled() -> None:
+    # Not only slow: it would ask the mask about all blocks.
+    raise ElasticoreError(
+        "backend 'flex' was run without being compiled, which torch.compile does if "
+        "TORCH_COMPILE_DISABLE or torch._dynamo.config.disable is set, or an error is "
+        "suppressed; unset it, or use another backend."
+    )
+
+
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
-    import torch._dynamo
-
     return torch.compile(_flex, dynamic=False, fullgraph=True)
 
 
@@ -185,12 +203,7 @@ def _flex(
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
     if not torch.compiler.is_compiling():
-        # Not only slow: it would ask the mask below about all blocks.
-        raise ElasticoreError(
-            "backend 'flex' was run without being compiled, which torch.compile does if "
-            "TORCH_COMPILE_DISABLE or torch._dynamo.config.disable is set, or an error is "
-            "suppressed; unset it, or use another backend."
-        )
+        _refuse_uncompiled()
     size = q.shape[3]
 
     def causal(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -38,15 +38,35 @@ class Blocks(NamedTuple):
     whole: Tensor
     wholes: Tensor
 
+    @classmethod
+    def of(cls, diagonal: Tensor, diagonals: Tensor, whole: Tensor, wholes: Tensor) -> Blocks:
+        """Both indices as parts of one table.
+
+        So they have the same strides: up to PyTorch 2.11, FlexAttention's kernels find the rows of
+        both with those of the diagonal. Each starts at a multiple of 16 bytes, or PyTorch would
+        copy it in every call.
+        """
+        *rows, number = whole.shape
+        ahead = -(-number // 4) * 4
+        table = whole.new_zeros(*rows, ahead + 4, dtype=torch.int32)
+        table[..., :number] = whole
+        table[..., ahead : ahead + 1] = diagonal
+        return cls(
+            table[..., ahead : ahead + 1],
+            diagonals.int().contiguous(),
+            table[..., :number],
+            wholes.int().contiguous(),
+        )
+
     def transposed(self, others: int) -> Blocks:
         """The same from the other side, which has ``others`` blocks; a backward pass needs it."""
         mask = BlockLists(self.whole, self.wholes).to_mask(others)
         whole = BlockLists.from_mask(mask.transpose(2, 3))
         mask = BlockLists(self.diagonal, self.diagonals).to_mask(others).transpose(2, 3)
-        return Blocks(
-            mask.byte().argmax(3, keepdim=True).int(),
-            mask.sum(3, dtype=torch.int32),
-            whole.indices.clamp(min=0).contiguous(),
+        return Blocks.of(
+            mask.byte().argmax(3, keepdim=True),
+            mask.sum(3),
+            whole.indices.clamp(min=0),
             whole.counts,
         )
 
@@ -94,9 +114,6 @@ def blocks_read(
     # What is beyond the count is not read, but must be a block.
     whole = (whole + base[..., None]).clamp_(0, keys.blocks - 1)
     diagonal = (row.int() + base).clamp(0, keys.blocks - 1).expand_as(mode)
-    return Blocks(
-        diagonal[..., None].contiguous(),
-        exists.expand_as(mode).int().contiguous(),
-        whole.contiguous(),
-        (count * exists).clamp(min=0).int().contiguous(),
+    return Blocks.of(
+        diagonal[..., None], exists.expand_as(mode), whole, (count * exists).clamp(min=0)
     )

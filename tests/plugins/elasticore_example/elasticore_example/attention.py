@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from elasticore import (
@@ -79,14 +80,15 @@ def masked_attention(
         at = row, slice(None), slice(q_start, q_start + queries)
         keys_at = row, slice(None), slice(k_start, k_start + keys)
         mask = visible(plan, lists, sequence, q.shape[1], queries, keys)
-        out[at] = scaled_dot_product_attention(
-            q[at][None],
-            k[keys_at][None],
-            v[keys_at][None],
-            attn_mask=mask,
-            scale=scale,
-            enable_gqa=True,
-        )[0]
+        with sdpa_kernel(SDPBackend.MATH):  # of its kernels, the one with the same bits every time
+            out[at] = scaled_dot_product_attention(
+                q[at][None],
+                k[keys_at][None],
+                v[keys_at][None],
+                attn_mask=mask,
+                scale=scale,
+                enable_gqa=True,
+            )[0]
     return out
 
 
