@@ -17,7 +17,7 @@ from elasticore.bench import peers
 from elasticore.bench.cases import Case, Engine, Ready, tokens
 from elasticore.bench.layer import AttentionWork
 from elasticore.bench.timing import stopped
-from elasticore.plan import HeadMode, HeadPlan
+from elasticore.plan import HeadMode
 
 __all__ = ["AttentionCase", "Backend", "DecodeCase", "OneByOne", "decode_cases", "prefill_cases"]
 
@@ -151,20 +151,20 @@ class Backend(Engine):
         return self.backend == "serial"
 
     def prepare(self, work: AttentionWork) -> Ready:
-        """What is prepared for a plan is what a call with a new one takes longer."""
-        resolve(self.backend, work.request())
-
-        def attend(plan: HeadPlan) -> Tensor:
-            return hybrid_head_attention(work.q, work.k, work.v, plan, backend=self.backend)
+        """What is prepared for a routing is what a call takes longer that sees its first one."""
+        engine = resolve(self.backend, work.request())
 
         def call() -> Tensor:
-            return attend(work.plan)
+            return hybrid_head_attention(work.q, work.k, work.v, work.plan, backend=self.backend)
 
         # What belongs to blocks that were selected is made in every call.
         if self.name not in PREPARING or work.case.queries == 1 or work.plan.selector is not None:
             return Ready(work.as_timed(call))
-        anew = stopped(work.device, lambda: attend(work.plan.with_modes(work.plan.modes.clone())))
         again = stopped(work.device, call)
+        # A backend made anew has seen nothing.
+        anew = stopped(
+            work.device, lambda: type(engine)().attend(work.q, work.k, work.v, work.plan)
+        )
         return Ready(work.as_timed(call), max(0.0, anew - again))
 
 
