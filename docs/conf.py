@@ -53,7 +53,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"(abc|collections\.abc|contextvars|dataclasses|enum|pathlib|typing)(\..*)?"),
     ("py:class", r"Tensor|NDArray|Path|PreTrainedTokenizerBase|Tokens|Tokenizer"),
     ("py:class", r"[^A-Z.]*"),
-    ("py:class", r".*\.Model|LayerState"),
+    ("py:class", r".*\.Model|LayerState|.*\.Prepared"),
     ("py:.*", r"(.*\.)?_\w+"),
     ("py:attr", r"temperature|tasks"),
     ("py:mod", r"elasticore\.router\.schedule"),

@@ -44,12 +44,7 @@ class PlanMemo(Generic[Prepared]):
             return prepare()
         found = (key, *(tensor._version for tensor in tensors))
         kept = self._kept.get(plan)
-        # A dense layout holds nothing, so that one is like another.
-        if (
-            kept
-            and kept[0] == found
-            and (kept[1] is layout or kept[1].kind == layout.kind == "dense")
-        ):
+        if kept and kept[0] == found and _same(kept[1], layout):
             return kept[2]
         prepared = prepare()
         self._kept[plan] = found, layout, prepared

@@ -24,9 +24,9 @@ from torch.nn.functional import pad
 from elasticore.attention import AttentionRequest, HybridHeadAttention, Verdict, check_call
 from elasticore.backends.flashinfer.requests import (
     TILE,
+    HostRouting,
     Places,
     Requests,
-    Routing,
     key_rows,
     make_requests,
     page_table,
@@ -103,7 +103,7 @@ class FlashInferAttention(HybridHeadAttention):
     devices = ("cuda",)
 
     def __init__(self) -> None:
-        self._routings: PlanMemo[Routing] = PlanMemo()
+        self._routings: PlanMemo[HostRouting] = PlanMemo()
         self._plans: OrderedDict[Hashable, tuple[_Launch, ...]] = OrderedDict()
         # One per stream, as long as a plan uses it.
         self._workspaces: WeakValueDictionary[Hashable, Tensor] = WeakValueDictionary()
@@ -175,7 +175,7 @@ class FlashInferAttention(HybridHeadAttention):
             plan,
             layout,
             (batch, queries, k.shape[2]),
-            lambda: Routing.read(
+            lambda: HostRouting.read(
                 plan.modes, layout.segments(batch, queries, k.shape[2], plan.modes.device)
             ),
         )
@@ -200,7 +200,7 @@ class FlashInferAttention(HybridHeadAttention):
         q: Tensor,
         k: Tensor,
         plan: HeadPlan,
-        routing: Routing,
+        routing: HostRouting,
         lists: BlockLists | None,
         places: Places,
         scale: float,

@@ -30,7 +30,7 @@ __all__ = [
     "TILE",
     "Places",
     "Requests",
-    "Routing",
+    "HostRouting",
     "key_rows",
     "make_requests",
     "page_table",
@@ -41,7 +41,7 @@ TILE = 128
 """Rows of the widest tile of queries, FlashAttention-2's, or of keys."""
 
 
-class Routing(NamedTuple):
+class HostRouting(NamedTuple):
     """What a plan and a layout say, on the host.
 
     Attributes
@@ -56,7 +56,7 @@ class Routing(NamedTuple):
     segments: Segments
 
     @classmethod
-    def read(cls, modes: Tensor, segments: Segments) -> Routing:
+    def read(cls, modes: Tensor, segments: Segments) -> HostRouting:
         """Copy it from the device, all at once."""
         together = torch.cat([modes.flatten().long(), *segments]).cpu()
         sizes = [modes.numel(), *(field.numel() for field in segments)]
@@ -103,11 +103,11 @@ class Places(NamedTuple):
     head: int
     token: int
     unit: int
-    """From one page number to the next: what divides the strides."""
+    """What divides the strides, and so lies between two page numbers."""
 
 
 def make_requests(
-    routing: Routing,
+    routing: HostRouting,
     group: int,
     streaming: Streaming,
     block_size: int,
