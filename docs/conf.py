@@ -50,10 +50,10 @@ napoleon_preprocess_types = False
 # do the words of types such as "int64, shape (length,)", and names that start with an underscore.
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|nn|np|numpy|npt|transformers|tokenizers)\..*"),
-    ("py:.*", r"(abc|collections\.abc|contextvars|dataclasses|enum|pathlib|typing)(\..*)?"),
+    ("py:.*", r"(abc|collections\.abc|contextvars|dataclasses|enum|pathlib|random|typing)(\..*)?"),
     ("py:class", r"Tensor|NDArray|Path|PreTrainedTokenizerBase|Tokens|Tokenizer"),
     ("py:class", r"[^A-Z.]*"),
-    ("py:class", r".*\.Model|LayerState|.*\.Prepared"),
+    ("py:class", r".*\.(Model|Item|Prepared|Made)|LayerState"),
     ("py:.*", r"(.*\.)?_\w+"),
     ("py:attr", r"temperature|tasks"),
     ("py:mod", r"elasticore\.router\.schedule"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import os
 import platform
 import sys
 from collections.abc import Iterator
@@ -24,13 +25,28 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Elastic attention: each KV head chooses full or sparse attention per input.",
 )
+data_app = typer.Typer(no_args_is_help=True, help="Build packed training data and look at it.")
+app.add_typer(data_app, name="data")
+convert_app = typer.Typer(
+    no_args_is_help=True, help="Turn what others have released into routers of this library."
+)
+app.add_typer(convert_app, name="convert")
 out, err = Console(), Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output instead.")]
 Backend = Annotated[
     str, typer.Option(help="What runs the attention; see `elasticore doctor`.", metavar="NAME")
 ]
-_PACKAGES = ("torch", "transformers", "triton", "flashinfer-python", "accelerate", "matplotlib")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "triton",
+    "flashinfer-python",
+    "accelerate",
+    "pyarrow",
+    "datasets",
+    "matplotlib",
+)
 
 
 @contextmanager
@@ -314,11 +330,267 @@ def train(
 
         recipe = Recipe.load(config, backend=backend, max_steps=max_steps, seed=seed)
         path = run_recipe(recipe, output, resume=resume)
+    if os.environ.get("RANK", "0") != "0":  # one of several processes speaks for all
+        return
     if as_json:
         history = json.loads((output / "history.json").read_text("utf-8"))
         print(json.dumps({"router": str(path), "final": history[-1] if history else None}))
         return
     out.print(f"Routers: [bold]{path}[/]   TensorBoard: tensorboard --logdir {output}")
+
+
+@data_app.command("build")
+def data_build(
+    source: Annotated[
+        list[str],
+        typer.Option(
+            help="NAME, or NAME=PLACE: a file, a folder, or a hub id; repeatable. Names: chatqa2, "
+            "musique, colt, govreport, xsum, official.",
+            metavar="NAME[=PLACE]",
+        ),
+    ],
+    tokenizer: Annotated[
+        str, typer.Option(help='Directory or hub id of the backbone, or "tiny".', metavar="NAME")
+    ],
+    output: Annotated[Path, typer.Option(help="The folder to make.")],
+    min_length: Annotated[str, typer.Option(help="Fewest tokens of a sample.")] = "8k",
+    max_length: Annotated[str, typer.Option(help="Most tokens of a sample.")] = "64k",
+    pack: Annotated[str, typer.Option(help="Most tokens of a packed row.")] = "64k",
+    mixture: Annotated[
+        str | None,
+        typer.Option(help="Share of the tokens of each source.", metavar="NAME=WEIGHT,..."),
+    ] = None,
+    tokens: Annotated[str | None, typer.Option(help="End after this many tokens.")] = None,
+    loss: Annotated[str, typer.Option(help="What is learnt: answer or all.")] = "answer",
+    template: Annotated[
+        str, typer.Option(help="chat, or plain for models without a chat template.")
+    ] = "chat",
+    seed: Annotated[int, typer.Option(help="Of orders and lengths.")] = 0,
+    workers: Annotated[int, typer.Option(help="Processes that tokenize.", min=1)] = 1,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace older data.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Build packed training data from the paper's sources. Counts may end in k or m (1024).
+
+    Example: [bold]elasticore data build --source xsum --source musique=musique/ --tokenizer
+    Qwen/Qwen3-4B --output data/mix --workers 8[/]
+    """
+    with _plain_errors():
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        from elasticore.data.building import build
+
+        places = dict(_pair(one, "source", optional=True) for one in source)
+        if len(places) < len(source):
+            raise ValueError(f"source names a source twice: {', '.join(source)}.")
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            console=err,
+        )
+        lines = {name: bar.add_task(name, total=None, figures="") for name in places}
+
+        def step(name: str, records: int, sequences: int, tokens: int) -> None:
+            figures = f"{records:,} records, {sequences:,} samples, {tokens:,} tokens"
+            bar.update(lines[name], figures=figures)
+
+        with bar:
+            card = build(
+                places,
+                tokenizer,
+                output,
+                min_length=_count(min_length, "min-length"),
+                max_length=_count(max_length, "max-length"),
+                pack=_count(pack, "pack"),
+                mixture=None if mixture is None else _weights(mixture),
+                tokens=None if tokens is None else _count(tokens, "tokens"),
+                loss=loss,  # type: ignore[arg-type]
+                template=template,  # type: ignore[arg-type]
+                seed=seed,
+                workers=workers,
+                overwrite=overwrite,
+                on_progress=step,
+            )
+    if as_json:
+        print(json.dumps(card, indent=2))
+        return
+    _print_card(card)
+    out.print(f"Data: [bold]{output}[/]   In a recipe: data: {{kind: packed, path: {output}}}")
+
+
+@data_app.command("show")
+def data_show(
+    path: Annotated[Path, typer.Argument(help="What build made, or the official code's files.")],
+    as_json: Json = False,
+) -> None:
+    """Show what packed data hold, and check that their files can be read.
+
+    Example: [bold]elasticore data show data/mix[/]
+    """
+    with _plain_errors():
+        from elasticore.data.card import show
+
+        with err.status(f"reading {path}"):
+            card = show(path)
+    if as_json:
+        print(json.dumps(card, indent=2))
+        return
+    _print_card(card)
+
+
+def _pair(text: str, option: str, *, optional: bool = False) -> tuple[str, str | None]:
+    """``NAME=VALUE`` in two; the value may be missing if it is optional."""
+    name, equals, value = text.partition("=")
+    if not name or (not value and (equals or not optional)):
+        form = "NAME or NAME=PLACE" if optional else "NAME=WEIGHT"
+        raise ValueError(f"{option} takes {form}, got {text!r}.")
+    return name, value or None
+
+
+def _weights(text: str) -> dict[str, float]:
+    weights = {}
+    for part in text.split(","):
+        name, value = _pair(part.strip(), "mixture")
+        try:
+            weights[name] = float(value or "")
+        except ValueError:
+            raise ValueError(f"mixture takes NAME=WEIGHT, got {part.strip()!r}.") from None
+    return weights
+
+
+def _count(text: str, option: str) -> int:
+    """A count such as 1000, 8k (8,192) or 700m."""
+    digits, unit = (text[:-1], text[-1].lower()) if text[-1:].isalpha() else (text, "")
+    units = {"": 1, "k": 1 << 10, "m": 1 << 20}
+    if not digits.isdecimal() or unit not in units:
+        raise ValueError(f"{option} must be a count such as 8192, 8k or 700m, got {text!r}.")
+    return int(digits) * units[unit]
+
+
+def _print_card(card: dict[str, Any]) -> None:
+    fill = "" if card["fill"] is None else f", {card['fill']:.1%} full"
+    for kind in ("tasks", "sources"):
+        shown = Table(kind[:-1], title=kind.capitalize(), title_justify="left")
+        for heading in ("sequences", "tokens", "learnt tokens"):
+            shown.add_column(heading, justify="right")
+        for name, counts in card[kind].items():
+            figures = (counts[key] for key in ("sequences", "tokens", "learnt_tokens"))
+            shown.add_row(escape(name), *(f"{figure:,}" for figure in figures))
+        out.print(shown)
+    lengths = "  ".join(f"{one['from']:,}+: {one['sequences']:,}" for one in card["lengths"])
+    out.print(f"{card['rows']:,} rows, {card['tokens']:,} tokens{fill}. Lengths  {lengths}")
+
+
+@convert_app.command("official")
+def convert_official(
+    path: Annotated[Path, typer.Argument(help="Directory of an official Elastic Attention model.")],
+    output: Annotated[Path, typer.Argument(help="Directory for the routers.", metavar="OUT")],
+    model: Annotated[
+        str | None, typer.Option(help="The backbone, for a checkpoint that does not hold it.")
+    ] = None,
+    threshold: Annotated[
+        float, typer.Option(help="Of XAttention; the released evaluation uses 0.8.")
+    ] = 0.9,
+    as_json: Json = False,
+) -> None:
+    """Take the routers out of a checkpoint of the paper's authors, Qwen3 or Llama.
+
+    Example: [bold]elasticore convert official ./Elastic-Qwen3-4B runs/official[/]
+    """
+    with _plain_errors():
+        from elasticore.models.loading import load_backbone
+        from elasticore.models.official import convert_official
+
+        with err.status(f"reading {path}"):
+            backbone = None if model is None else load_backbone(model, "bfloat16")[0]
+            done = convert_official(path, output, model=backbone, threshold=threshold)
+    if as_json:
+        report = {
+            "router": str(done.path),
+            "layers": done.layers,
+            "mapped": [dict(zip(("theirs", "ours", "shape"), m, strict=True)) for m in done.mapped],
+            "unread": done.unread,
+            "config": done.config.to_dict(),
+            "base_model": done.base_model,
+            "notes": done.notes,
+        }
+        print(json.dumps(report, indent=2))
+        return
+    shown = Table(title=f"Routers of {done.layers} layers", title_justify="left")
+    for heading in ("official, in each layer", "here", "shape"):
+        shown.add_column(heading)
+    for theirs, ours, shape in done.mapped:
+        shown.add_row(theirs, ours, " × ".join(map(str, shape)))
+    out.print(shown)
+    if done.unread:
+        out.print("Not read by inference: " + escape(", ".join(done.unread)))
+    config, base = done.config, done.base_model
+    out.print(
+        f"Settings: {config.mode}, sink {config.sink}, local {config.local}, hidden multiplier "
+        f"{config.hidden_multiplier}. Backbone: {base['family']}, {base['kv_heads']} KV heads of "
+        f"{base['head_dim']}."
+    )
+    for note in done.notes:
+        out.print(f"[dim]{escape(note)}[/]")
+    out.print(f"Routers: [bold]{done.path}[/]")
+
+
+@convert_app.command("pattern")
+def convert_pattern(
+    path: Annotated[
+        Path, typer.Argument(help="DuoAttention's directory, or a .tsv file of it or of PruLong.")
+    ],
+    output: Annotated[Path, typer.Argument(help="Directory for the pattern.", metavar="OUT")],
+    model: Annotated[str, typer.Option(help='Directory or hub id of the backbone, or "tiny".')],
+    sparsity: Annotated[
+        float | None, typer.Option(help="Share of heads that stream; default: gates below 0.5.")
+    ] = None,
+    sink: Annotated[
+        int | None, typer.Option(help="Tokens; default: the pattern's, or 128.")
+    ] = None,
+    local: Annotated[
+        int | None, typer.Option(help="Tokens; default: the pattern's, or 1024.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a static pattern of DuoAttention or PruLong loadable as routers are.
+
+    Example: [bold]elasticore convert pattern attn_patterns/Mistral-7B OUT --sparsity 0.5 --model
+    mistralai/Mistral-7B-Instruct-v0.2[/]
+    """
+    with _plain_errors():
+        from elasticore.models.loading import load_backbone
+        from elasticore.models.static import convert_pattern
+
+        with err.status(f"loading {model}"):
+            backbone = load_backbone(model, "bfloat16")[0]
+            done = convert_pattern(
+                path, output, backbone, sparsity=sparsity, sink=sink, local=local
+            )
+    share = float(done.sparse.double().mean())
+    if as_json:
+        report = {
+            "router": str(done.path),
+            "msr": share,
+            "sparse": done.sparse.int().tolist(),
+            "config": done.config.to_dict(),
+        }
+        print(json.dumps(report, indent=2))
+        return
+    layers, kv_heads = done.sparse.shape
+    shown = Table(title="Heads that stream: ×; full attention: ·", title_justify="left")
+    shown.add_column("layer", justify="right")
+    shown.add_column(f"{kv_heads} KV heads")
+    for index, row in enumerate(done.sparse.tolist()):
+        shown.add_row(str(index), " ".join("×" if sparse else "·" for sparse in row))
+    out.print(shown)
+    config = done.config
+    out.print(
+        f"Ω_MSR {share:.3f} of {layers * kv_heads} heads; sink {config.sink}, local "
+        f"{config.local}, blocks of {config.block_size}. Pattern: [bold]{done.path}[/]"
+    )
 
 
 @app.command()

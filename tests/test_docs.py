@@ -105,6 +105,19 @@ def test_every_family_is_in_the_table():
     assert not missing, f"add them to the table in docs/models.md: {missing}"
 
 
+def test_every_source_and_column_is_in_the_data_page():
+    page = (DOCS / "data.md").read_text(encoding="utf-8")
+    data = importlib.import_module("elasticore.data")
+    for name, source in data.SOURCES.items():
+        row = re.search(rf"^\| `{name}` \|.*$", page, re.MULTILINE)
+        assert row, f"docs/data.md has no row for the source {name}"
+        assert source.hub is None or source.hub in row[0]
+        assert source.licence in row[0]
+    layouts = importlib.import_module("elasticore.data.layouts")
+    for name in layouts.COLUMNS | layouts.OFFICIAL_COLUMNS:
+        assert f"`{name}`" in page
+
+
 def test_every_option_is_in_the_command_line_page():
     typer = pytest.importorskip("typer")
     cli = importlib.import_module("elasticore.cli")
@@ -112,15 +125,17 @@ def test_every_option_is_in_the_command_line_page():
     for name, command in typer.main.get_command(cli.app).commands.items():
         part = re.search(rf"^## {name}$(.*?)(^## |\Z)", page, re.MULTILINE | re.DOTALL)
         assert part, f"docs/cli.md has no section {name}"
-        for parameter in command.params:
+        commands = [command, *getattr(command, "commands", {}).values()]  # a group's, too
+        for parameter in (p for one in commands for p in one.params):
             options = [*parameter.opts, *parameter.secondary_opts]
-            assert any(f"`{option}`" in part[1] for option in options), (name, options)
+            if parameter.param_type_name == "option":
+                assert any(f"`{option}`" in part[1] for option in options), (name, options)
 
 
 def test_recipes_of_the_training_page_load(tmp_path):
     yaml = pytest.importorskip("yaml")
     recipe = importlib.import_module("elasticore.train.recipe")
-    found = blocks(DOCS / "training.md", "yaml")
+    found = blocks(DOCS / "training.md", "yaml") + blocks(DOCS / "data.md", "yaml")
     assert found
     for _, text in found:
         assert isinstance(yaml.safe_load(text), dict)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ from elasticore.errors import ElasticoreError
 from elasticore.models.config import ElasticConfig
 from elasticore.models.elastic import _check_model, _state, elasticize, is_elastic, restore, routers
 from elasticore.models.families import attention_layers, family_of
-from elasticore.router import AttentionRouter
+from elasticore.router import AttentionRouter, FixedPolicy
 
 __all__ = ["RouterMismatch", "RouterNotFound", "fingerprint", "load_router", "save_router"]
 
@@ -45,25 +46,30 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     """
     config: Any = model.config
     layers = attention_layers(model)
-    digest = hashlib.sha256()
     samples: list[Tensor] = [model.get_input_embeddings().weight]  # type: ignore[operator]
     samples += [p for name, p in model.named_parameters() if name.endswith("layernorm.weight")]
-    for tensor in samples:
-        flat = tensor.detach().flatten()
-        picked = flat[:: max(1, flat.numel() // 256)][:256]
-        digest.update(
-            picked.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()
-        )
     name = str(getattr(config, "_name_or_path", ""))
     return {
         "family": config.model_type,
         "layers": len(layers),
         "kv_heads": config.num_key_value_heads,
         "head_dim": int(layers[0].head_dim),  # type: ignore[arg-type]
-        "weights": digest.hexdigest()[:32],
+        "weights": weights_hash(samples),
         # A hub id says where the model is from; of a local path only the last part means anything.
         "name": name if _HUB_ID.match(name) else Path(name).name,
     }
+
+
+def weights_hash(samples: Iterable[Tensor]) -> str:
+    """The hash in a :func:`fingerprint`, of the embedding and then every layer's norms."""
+    digest = hashlib.sha256()
+    for tensor in samples:
+        flat = tensor.detach().flatten()
+        picked = flat[:: max(1, flat.numel() // 256)][:256]
+        digest.update(
+            picked.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()
+        )
+    return digest.hexdigest()[:32]
 
 
 def save_router(
@@ -74,7 +80,7 @@ def save_router(
     Parameters
     ----------
     model
-        An elastic model with trained routers.
+        An elastic model with trained routers, or with the :class:`FixedPolicy` of a head table.
     path
         Directory for ``router.safetensors`` and ``router.json``; made if missing.
     push_to_hub
@@ -90,33 +96,19 @@ def save_router(
     Raises
     ------
     ValueError
-        If the model is not elastic or runs a static policy, which has nothing to save.
+        If the model is not elastic or runs a policy that has nothing to save.
     """
-    from safetensors.torch import save
-
     state = _state(model)
     tensors = {}
     for index, router in enumerate(routers(model)):
-        if not isinstance(router, AttentionRouter):
+        if not isinstance(router, (AttentionRouter, FixedPolicy)):
             raise ValueError(
-                f"model runs the policy {type(router).__name__}; only AttentionRouters are saved."
+                f"model runs the policy {type(router).__name__}; only AttentionRouters and "
+                "FixedPolicies are saved."
             )
         for name, tensor in router.state_dict().items():
             tensors[f"layers.{index}.{name}"] = tensor.detach().cpu().contiguous()
-    settings = {
-        "format": FORMAT,
-        "elasticore": __version__,
-        "config": state.config.to_dict(),
-        "base_model": fingerprint(model),
-    }
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    # Each file appears whole or not at all.
-    with tempfile.TemporaryDirectory(dir=path) as scratch:
-        Path(scratch, WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
-        Path(scratch, SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        for name in (WEIGHTS, SETTINGS):
-            Path(scratch, name).replace(path / name)
+    path = write_files(path, tensors, state.config, fingerprint(model))
     if push_to_hub is not None:
         from huggingface_hub import HfApi
 
@@ -127,10 +119,45 @@ def save_router(
     return path
 
 
+def write_files(
+    path: str | Path, tensors: dict[str, Tensor], config: ElasticConfig, base_model: dict[str, Any]
+) -> Path:
+    """Write the two files of :func:`save_router` from what they hold; return the directory.
+
+    Parameters
+    ----------
+    path
+        The directory; made if missing.
+    tensors
+        ``layers.INDEX.NAME`` with the names of a router's ``state_dict``.
+    config
+        The settings.
+    base_model
+        The :func:`fingerprint` of the backbone.
+    """
+    from safetensors.torch import save
+
+    settings = {
+        "format": FORMAT,
+        "elasticore": __version__,
+        "config": config.to_dict(),
+        "base_model": base_model,
+    }
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    # Each file appears whole or not at all.
+    with tempfile.TemporaryDirectory(dir=path) as scratch:
+        Path(scratch, WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
+        Path(scratch, SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        for name in (WEIGHTS, SETTINGS):
+            Path(scratch, name).replace(path / name)
+    return path
+
+
 def load_router(
     model: Model, path: str | Path, *, check_base: bool = True, revision: str | None = None
 ) -> Model:
-    """Make ``model`` elastic with the trained routers at ``path``.
+    """Make ``model`` elastic with the trained routers, or the head table, at ``path``.
 
     Reads ``router.json`` and ``router.safetensors`` only; never runs code from a hub.
 
@@ -189,6 +216,11 @@ def load_router(
             raise RouterMismatch(
                 f"path {folder} holds routers for {len(layers)} layers; model has {len(made)}."
             )
+        if all(set(layer) == {"decisions"} for layer in layers.values()):  # a head table
+            table = [FixedPolicy(layers[index]["decisions"]) for index in sorted(layers)]
+            restore(model)
+            elasticize(model, config, policies=table)
+            return model
         for index, router in enumerate(made):
             try:
                 router.load_state_dict(layers[index])

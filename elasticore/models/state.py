@@ -213,6 +213,7 @@ class LayerState:
         )
         segments = layout.segments(batch, queries, k.shape[2], q.device)
         prefill = cache is None or self.model.is_empty(cache, past)
+        routing: Routing | None = None
         tapped = self.model.family.keys(keys, query_heads, k.shape[1], head_dim)
         if prefill:
             routing = self._route(tapped, segments)
@@ -231,7 +232,15 @@ class LayerState:
         if active_traces() and not recomputing:
             self._record(q, k, v, plan, layout, segments, decisions, prefill, scale)
         backend = self.model.backend if recomputing else None
-        return hybrid_head_attention(q, k, v, plan, layout=layout, scale=scale, backend=backend)
+
+        def attention(plan: HeadPlan) -> Tensor:
+            return hybrid_head_attention(q, k, v, plan, layout=layout, scale=scale, backend=backend)
+
+        if routing is None or routing.mix is None:
+            return attention(plan)
+        both = [self.model.config.plan(self._modes(torch.full_like(decisions, m))) for m in (0, 1)]
+        weight = routing.mix.to(q.dtype).repeat_interleave(query_heads // k.shape[1])
+        return torch.lerp(attention(both[0]), attention(both[1]), weight[:, None, None])
 
     def _route(self, keys: Tensor, segments: Segments) -> Routing:
         routing = self.router(keys, segments)

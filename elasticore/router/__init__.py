@@ -1,6 +1,14 @@
 """Routers: what decides, per input, the mode of every KV head."""
 
-from elasticore.router.noise import checkpoint_contexts, gumbel, sample_gumbel
+from elasticore.router.gates import (
+    DuoGate,
+    HardConcreteGate,
+    StaticGate,
+    head_scores,
+    retrieval_only,
+    sparse_table,
+)
+from elasticore.router.noise import checkpoint_contexts, gumbel, sample_gumbel, seed_noise
 from elasticore.router.policies import (
     AllRetrieval,
     AllSparse,
@@ -18,6 +26,7 @@ from elasticore.router.schedule import (
     ExponentialTemperature,
     temperature_schedule,
 )
+from elasticore.router.tables import HeadTable, read_head_table, write_duo, write_prulong
 
 __all__ = [
     "AttentionRouter",
@@ -29,12 +38,23 @@ __all__ = [
     "FixedPolicy",
     "fixed_policies",
     "random_head_table",
+    "DuoGate",
+    "HardConcreteGate",
+    "StaticGate",
+    "head_scores",
+    "retrieval_only",
+    "sparse_table",
+    "HeadTable",
+    "read_head_table",
+    "write_duo",
+    "write_prulong",
     "GumbelSigmoid",
     "GumbelSoftmax",
     "Sampler",
     "checkpoint_contexts",
     "gumbel",
     "sample_gumbel",
+    "seed_noise",
     "TEMPERATURE_SCHEDULES",
     "CosineTemperature",
     "ExponentialTemperature",

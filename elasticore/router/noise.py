@@ -8,7 +8,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-__all__ = ["checkpoint_contexts", "gumbel", "sample_gumbel"]
+__all__ = ["checkpoint_contexts", "gumbel", "sample_gumbel", "seed_noise"]
 
 _replaying: list[torch.Generator] = []
 
@@ -66,6 +66,23 @@ def sample_gumbel(like: Tensor, eps: float, generator: torch.Generator | None = 
             )
     uniform = torch.rand(like.shape, generator=generator, device=like.device, dtype=torch.float32)
     return gumbel(uniform, eps)
+
+
+def seed_noise(seed: int, rank: int) -> None:
+    """Seed PyTorch's global generators for one of several processes.
+
+    Each rank draws its own noise: with the same on all of them, samples at the same place of every
+    rank's batch would be sampled alike, and a large batch would explore no more than a small one.
+    Rank 0 draws what a single process with this seed does.
+
+    Parameters
+    ----------
+    seed
+        The run's.
+    rank
+        Of the process, from 0.
+    """
+    torch.manual_seed((seed + rank * 0x9E3779B97F4A7C15) % 2**63)
 
 
 def checkpoint_contexts(generator: torch.Generator) -> Callable[[], tuple[_Region, _Region]]:

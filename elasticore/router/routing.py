@@ -26,6 +26,11 @@ class Routing:
         float32 ``[sequences, kv_heads]``, exactly 0.0 or 1.0 and equal to ``decisions``, with the
         straight-through gradient behind it; None when nothing is sampled (inference, static
         policies), which lets a backend compute the chosen mode only.
+    mix
+        float32 ``[kv_heads]`` from 0 to 1, differentiable: how much of the sparse mode's output
+        each head takes, the rest being the retrieval mode's. For the training of static gates
+        (:class:`StaticGate`), which are the same for every sequence; None otherwise. ``decisions``
+        then say what the gates would choose.
 
     Raises
     ------
@@ -36,6 +41,7 @@ class Routing:
     decisions: Tensor
     logits: Tensor | None = None
     gate: Tensor | None = None
+    mix: Tensor | None = None
 
     def __post_init__(self) -> None:
         shape = list(self.decisions.shape)
@@ -46,6 +52,7 @@ class Routing:
         for name, value, wanted in (
             ("logits", self.logits, [*shape, 2]),
             ("gate", self.gate, shape),
+            ("mix", self.mix, shape[1:]),
         ):
             if value is None:
                 continue
@@ -63,9 +70,15 @@ class Routing:
         Returns
         -------
         Tensor
-            float32 ``[sequences]``, differentiable where there is a gate.
+            float32 ``[sequences]``, differentiable where there is a gate or a mix.
         """
         return model_msr([self])
+
+    def sparse(self) -> Tensor:
+        """How sparse each head is: float32 ``[sequences, kv_heads]``, 0 or 1 without a mix."""
+        if self.mix is not None:
+            return self.mix.expand(self.decisions.shape)
+        return self.decisions.float() if self.gate is None else self.gate
 
 
 def model_msr(routings: Sequence[Routing]) -> Tensor:
@@ -80,7 +93,7 @@ def model_msr(routings: Sequence[Routing]) -> Tensor:
     Returns
     -------
     Tensor
-        float32 ``[sequences]``, differentiable through every gate.
+        float32 ``[sequences]``, differentiable through every gate and mix.
 
     Raises
     ------
@@ -89,5 +102,4 @@ def model_msr(routings: Sequence[Routing]) -> Tensor:
     """
     if not routings:
         raise ValueError("routings must hold the Routing of at least one layer, got none.")
-    gates = [r.decisions.float() if r.gate is None else r.gate for r in routings]
-    return torch.cat(gates, 1).mean(1)
+    return torch.cat([routing.sparse() for routing in routings], 1).mean(1)

@@ -6,10 +6,16 @@ import importlib
 from typing import Any
 
 _MODULE_OF = {
+    "BASELINES": "elasticore.train.baselines",
     "Collator": "elasticore.train.data",
+    "DuoAttention": "elasticore.train.baselines",
+    "DuoTrainer": "elasticore.train.baselines",
     "JsonLines": "elasticore.train.data",
     "LagrangianObjective": "elasticore.train.objective",
     "OfflineTasks": "elasticore.train.data",
+    "PackedSamples": "elasticore.train.data",
+    "PruLong": "elasticore.train.baselines",
+    "PruLongTrainer": "elasticore.train.baselines",
     "Recipe": "elasticore.train.recipe",
     "RouterTrainer": "elasticore.train.trainer",
     "SparsityPenalty": "elasticore.train.objective",

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from elasticore.checks import check_int, check_number
+from elasticore.data.encoding import fingerprint
+from elasticore.data.parquet import PackedParquet
+from elasticore.data.sequence import IGNORED
 
-__all__ = ["Collator", "JsonLines", "OfflineTasks", "TrainingSample"]
-
-IGNORED = -100
-"""Label of a token that is not to be predicted, as everywhere in PyTorch."""
+__all__ = ["Collator", "JsonLines", "OfflineTasks", "PackedSamples", "TrainingSample"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,9 +171,56 @@ class JsonLines(Dataset[TrainingSample]):
         return self.rows[index]
 
 
+class PackedSamples(Dataset[tuple[TrainingSample, ...]]):
+    """Rows of packed parquet, each the samples that were packed together.
+
+    Parameters
+    ----------
+    path
+        What ``elasticore data build`` wrote, or files of the official code's layout.
+    tokenizer
+        The model's tokenizer; an error if the data were made with another vocabulary.
+    loss
+        ``"stored"``: learn what the data say. ``"answer"``: the answers only.
+    """
+
+    def __init__(
+        self, path: str | Path, tokenizer: Any, loss: Literal["stored", "answer"] = "stored"
+    ) -> None:
+        self.data = PackedParquet(path, loss)
+        made_with = self.data.header.tokenizer
+        if made_with is not None:
+            own = fingerprint(tokenizer)
+            if own["vocabulary"] != made_with["vocabulary"]:
+                raise ValueError(
+                    f"path {path} was made with the tokenizer {made_with['name']}, whose tokens "
+                    f"are not those of {own['name'] or 'the backbone'}; build it again with that."
+                )
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks that occur."""
+        return self.data.tasks
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[TrainingSample, ...]:
+        return tuple(
+            TrainingSample(
+                torch.tensor(one.input_ids, dtype=torch.int64),
+                torch.tensor(one.labels, dtype=torch.int64),
+                one.task,
+            )
+            for one in self.data[index]
+        )
+
+
 @dataclass(frozen=True)
 class Collator:
     """Makes a batch of samples: dense if they are equally long, else packed or padded.
+
+    Samples that come together, as those of :class:`PackedSamples`, stay together and in order.
 
     Parameters
     ----------
@@ -201,13 +248,20 @@ class Collator:
         if self.reduction not in ("tokens", "samples"):
             raise ValueError(f"reduction must be 'tokens' or 'samples', got {self.reduction!r}.")
 
-    def __call__(self, samples: Sequence[TrainingSample]) -> dict[str, Any]:
+    def __call__(
+        self, batch: Sequence[TrainingSample | Sequence[TrainingSample]]
+    ) -> dict[str, Any]:
         """The model's inputs and, beside them, what the loss is made of.
 
         ``task_ids`` ``[samples]``; ``labels`` and ``loss_weights`` ``[rows, T]``, at the tokens to
         be learnt; ``predicting`` ``[learnt tokens]``: where the token before each of them lies in
         the flattened ``[rows, T]``. Prompts are not predicted, so no logits are made for them.
         """
+        samples = [
+            sample
+            for one in batch
+            for sample in ((one,) if isinstance(one, TrainingSample) else one)
+        ]
         unknown = sorted({sample.task for sample in samples} - set(self.tasks))
         if unknown:
             raise ValueError(
@@ -226,19 +280,19 @@ class Collator:
             total = sum(float(w.sum()) for w in weights)
             weights = [w / max(total, 1.0) for w in weights]
         ids = [sample.input_ids for sample in samples]
-        batch: dict[str, Any] = {
+        made: dict[str, Any] = {
             "task_ids": torch.tensor([self.tasks.index(sample.task) for sample in samples])
         }
         if self.packed:
-            batch |= self._pack(ids)
-            batch["labels"] = torch.cat(labels)[None]
-            batch["loss_weights"] = torch.cat(weights)[None]
+            made |= self._pack(ids)
+            made["labels"] = torch.cat(labels)[None]
+            made["loss_weights"] = torch.cat(weights)[None]
         else:
-            batch |= self._pad(ids)
-            batch["labels"] = _stack(labels, IGNORED)
-            batch["loss_weights"] = _stack(weights, 0)
-        batch["predicting"] = (batch["labels"] != IGNORED).flatten().nonzero()[:, 0] - 1
-        return batch
+            made |= self._pad(ids)
+            made["labels"] = _stack(labels, IGNORED)
+            made["loss_weights"] = _stack(weights, 0)
+        made["predicting"] = (made["labels"] != IGNORED).flatten().nonzero()[:, 0] - 1
+        return made
 
     def _pack(self, ids: list[Tensor]) -> dict[str, Any]:
         lengths = [len(one) for one in ids]

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from elasticore.checks import check_int
 
-__all__ = ["LagrangianObjective", "SparsityPenalty"]
+__all__ = ["LagrangianObjective", "SparsityPenalty", "sum_over_processes"]
 
 
 class SparsityPenalty(NamedTuple):
@@ -45,8 +46,7 @@ class LagrangianObjective(nn.Module):
     init
         λ1 and λ2 start uniformly in this range.
     seed
-        Of the start values; None draws from PyTorch's global generator. Data-parallel ranks need
-        the same start.
+        Of the start values; None draws from PyTorch's global generator.
 
     Attributes
     ----------
@@ -99,7 +99,9 @@ class LagrangianObjective(nn.Module):
         self.lambda2 = nn.Parameter(start[1].clone())
         self.register_load_state_dict_post_hook(_check_loaded)
 
-    def forward(self, msr: Tensor, task_ids: Tensor) -> SparsityPenalty:
+    def forward(
+        self, msr: Tensor, task_ids: Tensor, *, all_processes: bool = False
+    ) -> SparsityPenalty:
         """The penalty of a batch of samples.
 
         Parameters
@@ -109,6 +111,11 @@ class LagrangianObjective(nn.Module):
             (:func:`elasticore.router.model_msr`).
         task_ids
             int64 ``[samples]``, places in :attr:`tasks`; :meth:`task_ids` makes them from names.
+        all_processes
+            Whether the batch is that of all processes of a distributed run, each of which passes
+            its own samples (:func:`sum_over_processes`). Every process then gets the same result,
+            and gradients whose mean over the processes are those of the whole batch: a
+            router's through DDP, and a multiplier's, of which each process has the whole.
 
         Raises
         ------
@@ -119,21 +126,24 @@ class LagrangianObjective(nn.Module):
         """
         self._check_batch(msr, task_ids)
         member = task_ids[:, None] == torch.arange(len(self.tasks), device=task_ids.device)
-        known = member.any(1).all()
-        count = member.sum(0)
-        present, divisor = count > 0, count.clamp(min=1)
-
-        def task_mean(values: Tensor) -> Tensor:
-            return torch.where(member, values, 0).sum(0) / divisor
-
+        unknown = (~member.any(1)).sum().expand(len(self.tasks))
         msr = msr.float()[:, None]
         distance = self._distance(msr)
-        per_task = self.lambda1 * task_mean(distance) + self.lambda2 * task_mean(distance.square())
+        columns = torch.stack(
+            [torch.ones_like(distance), msr.detach().expand_as(distance), distance, distance**2]
+        )
+        sums = torch.cat([torch.where(member, columns, 0).sum(1), unknown[None].float()])
+        if all_processes:
+            sums = sum_over_processes(sums)
+        count = sums[0].detach()
+        present = count > 0
+        task_msr, first, second = sums[1:4] / count.clamp(min=1)
+        per_task = self.lambda1 * first + self.lambda2 * second
         penalty = torch.where(present, per_task, 0).sum() / present.sum()
         return SparsityPenalty(
-            torch.where(known, penalty, math.nan),
-            torch.where(present, task_mean(msr.detach()), math.nan),
-            count,
+            torch.where(sums[4, 0] == 0, penalty, math.nan),
+            torch.where(present, task_msr.detach(), math.nan),
+            count.long(),
         )
 
     def _distance(self, msr: Tensor) -> Tensor:
@@ -194,6 +204,20 @@ class LagrangianObjective(nn.Module):
         parameters = [self.lambda1, self.lambda2]
         return [{"params": parameters, "lr": lr, "weight_decay": weight_decay, "maximize": True}]
 
+    def share(self) -> None:
+        """Give every process of a distributed run the multipliers of the first one."""
+        if _processes() > 1:
+            for multipliers in (self.lambda1, self.lambda2):
+                dist.broadcast(multipliers.data, 0)
+
+    def figures(self) -> dict[str, float]:
+        """The multipliers for a log, by name; read on the host."""
+        return {
+            f"{name}/{task}": value
+            for name in ("lambda1", "lambda2")
+            for task, value in zip(self.tasks, getattr(self, name).tolist(), strict=True)
+        }
+
     def check(self) -> None:
         """Raise ``ValueError`` naming the tasks whose multipliers are not finite.
 
@@ -223,6 +247,32 @@ class LagrangianObjective(nn.Module):
     def extra_repr(self) -> str:
         """The settings, for ``print``."""
         return f"targets={self.config()['targets']}, signed={self.signed}"
+
+
+def sum_over_processes(sums: Tensor) -> Tensor:
+    """Sum a tensor over the processes of a distributed run, differentiably.
+
+    For a loss that every process computes from the same sums, and gradients that are averaged over
+    the processes afterwards, as DDP does: with P processes, the gradient of ``sums`` is P times
+    that of the result. That is what the backward of an all-reduce, another all-reduce, would give,
+    as every process has the same gradient; so there is no communication in the backward pass.
+
+    Parameters
+    ----------
+    sums
+        Of this process; any shape, float32.
+    """
+    processes = _processes()
+    if processes == 1:
+        return sums
+    total = sums.detach().clone()
+    dist.all_reduce(total)
+    own = sums * processes
+    return total + (own - own.detach())  # the difference is exactly 0
+
+
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _bounds(task: str, target: float | Sequence[float]) -> tuple[float, float]:

@@ -56,11 +56,14 @@ class Progress(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Show the latest figures."""
-        if self.bar is not None and logs and "lm_loss" in logs:
+        if self.bar is not None and logs and "penalty" in logs:
             shares = " ".join(
                 f"{t} {logs[f'msr/{t}']:.2f}" for t in self.tasks if f"msr/{t}" in logs
             )
-            figures = f"loss {logs['lm_loss']:.3f}  Ω {shares}  τ {logs['temperature']:.2f}"
+            loss = logs["loss"] - logs["penalty"]
+            figures = f"loss {loss:.3f}  Ω {shares}"
+            if "temperature" in logs:
+                figures += f"  τ {logs['temperature']:.2f}"
             self.bar.update(self.line, figures=figures)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

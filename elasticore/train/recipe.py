@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch.utils.data import Dataset
 
 from elasticore.backends.registry import use_backend
 from elasticore.models.config import ElasticConfig
@@ -16,8 +18,11 @@ from elasticore.models.elastic import elasticize
 from elasticore.models.files import save_router
 from elasticore.models.loading import load_backbone
 from elasticore.router.schedule import temperature_schedule
-from elasticore.train.data import Collator, JsonLines, OfflineTasks
+from elasticore.train.data import Collator, JsonLines, OfflineTasks, PackedSamples
 from elasticore.train.objective import LagrangianObjective
+
+if TYPE_CHECKING:
+    from elasticore.train.baselines import Baseline
 
 __all__ = ["Recipe", "train"]
 
@@ -33,10 +38,17 @@ class Recipe:
     targets
         Ω_MSR wanted per task: a number, or bounds ``[low, high]``.
     data
-        ``{kind: offline, tasks: {name: weight}, samples, length}`` or ``{kind: jsonl, path,
-        max_length}``.
+        ``{kind: offline, tasks: {name: weight}, samples, length}``, ``{kind: jsonl, path,
+        max_length}``, or ``{kind: packed, path, loss}`` for packed parquet, whose rows are the
+        samples of ``batch_size`` and are always packed.
     elastic
         Settings of :class:`ElasticConfig`.
+    policy, policy_settings
+        What decides: routers (``elastic``), or a static pattern that is learnt as by DuoAttention
+        (``duo``) or PruLong (``prulong``), with the settings of
+        :class:`~elasticore.train.baselines.DuoAttention` or
+        :class:`~elasticore.train.baselines.PruLong`. Those stand in for targets, learning rates,
+        multipliers, weight decay (none) and temperature.
     signed
         The paper's signed penalty (True) or the official code's absolute one (False).
     multiplier_init
@@ -65,6 +77,8 @@ class Recipe:
     targets: dict[str, Any]
     data: dict[str, Any]
     elastic: dict[str, Any] = field(default_factory=dict)
+    policy: Literal["elastic", "duo", "prulong"] = "elastic"
+    policy_settings: dict[str, Any] = field(default_factory=dict)
     signed: bool = False
     temperature: dict[str, Any] = field(default_factory=lambda: {"name": "cosine"})
     max_steps: int = 300
@@ -120,27 +134,30 @@ class Recipe:
 
 
 def train(recipe: Recipe, output: str | Path, *, resume: str | Path | None = None) -> Path:
-    """Run a recipe; return the directory of the trained routers.
+    """Run a recipe; return the directory of the trained routers, or of the static pattern.
 
     Parameters
     ----------
     recipe
         The settings.
     output
-        Directory for checkpoints, TensorBoard logs and, in ``output/router``, the result.
+        Directory for checkpoints, TensorBoard logs and, in ``output/router``, the result. A static
+        pattern is also in ``output/pattern``, in the format of its method.
     resume
         A checkpoint directory of a run with the same recipe.
 
     Raises
     ------
     ValueError
-        If a setting is wrong; nothing has been written then.
+        If a setting is wrong, or several GPUs are visible to a single process; nothing has been
+        written then.
     """
     from transformers import TrainingArguments
 
+    from elasticore.train.baselines import attach_gates, settle_gates
     from elasticore.train.checkpointing import checkpoint_layers
     from elasticore.train.progress import Progress
-    from elasticore.train.trainer import RouterTrainer
+    from elasticore.train.trainer import RouterTrainer, check_processes
 
     output = Path(output)
     with use_backend(recipe.backend):  # unknown or unavailable: said now, not after loading
@@ -150,24 +167,14 @@ def train(recipe: Recipe, output: str | Path, *, resume: str | Path | None = Non
         recipe.targets, recipe.signed, recipe.multiplier_init, seed=recipe.seed
     )
     temperature = temperature_schedule(**recipe.temperature)
-    model, tokenizer = load_backbone(recipe.backbone, recipe.dtype)
-    dataset = _dataset(recipe, tokenizer)
-    torch.manual_seed(recipe.seed)  # of the routers' start
-    elasticize(model, config)
-    if recipe.checkpointing:
-        checkpoint_layers(model)
-
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "recipe.json").write_text(
-        json.dumps(dataclasses.asdict(recipe), indent=2) + "\n", encoding="utf-8"
-    )
+    method = _method(recipe)
     args = TrainingArguments(
         output_dir=str(output),
         max_steps=recipe.max_steps,
         per_device_train_batch_size=recipe.batch_size,
         gradient_accumulation_steps=recipe.accumulation,
-        learning_rate=recipe.router_lr,
-        weight_decay=recipe.weight_decay,
+        learning_rate=recipe.router_lr if method is None else method.lr,
+        weight_decay=recipe.weight_decay if method is None else 0.0,
         adam_beta1=0.9,
         adam_beta2=0.95,
         max_grad_norm=recipe.max_grad_norm,
@@ -182,35 +189,86 @@ def train(recipe: Recipe, output: str | Path, *, resume: str | Path | None = Non
         dataloader_num_workers=recipe.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
     )
-    trainer = RouterTrainer(
+    check_processes(args)  # and each process now has its own device
+    model, tokenizer = load_backbone(recipe.backbone, recipe.dtype)
+    dataset = _dataset(recipe, tokenizer)
+    if isinstance(dataset, PackedSamples) and (
+        without := sorted(set(dataset.tasks) - set(objective.tasks))
+    ):
+        raise ValueError(
+            f"data {dataset.data.path} holds the tasks {', '.join(without)}, which have no target; "
+            f"targets name {', '.join(objective.tasks)}."
+        )
+    torch.manual_seed(recipe.seed)  # of the routers' start
+    if method is None:
+        elasticize(model, config)
+    else:
+        attach_gates(model, config, method)
+    if recipe.checkpointing:
+        checkpoint_layers(model)
+
+    if args.should_save:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "recipe.json").write_text(
+            json.dumps(dataclasses.asdict(recipe), indent=2) + "\n", encoding="utf-8"
+        )
+    collator = Collator(
+        objective.tasks,
+        tokenizer.pad_token_id or 0,
+        recipe.packed or isinstance(dataset, PackedSamples),
+        recipe.reduction,
+    )
+    trained = objective if method is None else method.objective()
+    trainer = (RouterTrainer if method is None else method.trainer)(
         model,
         args,
-        objective,
+        trained,  # type: ignore[arg-type]
         train_dataset=dataset,
-        collator=Collator(
-            objective.tasks, tokenizer.pad_token_id or 0, recipe.packed, recipe.reduction
-        ),
+        collator=collator,
         temperature=temperature,
-        multiplier_lr=recipe.multiplier_lr,
-        callbacks=[Progress(objective.tasks)],
+        multiplier_lr=recipe.multiplier_lr if method is None else method.multiplier_lr,
+        callbacks=[Progress(trained.tasks)],
     )
     with use_backend(recipe.backend):
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    history = [entry for entry in trainer.state.log_history if "lm_loss" in entry]
-    (output / "history.json").write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
-    return save_router(model.eval(), output / "router")
+    if args.should_save:
+        history = [entry for entry in trainer.state.log_history if "penalty" in entry]
+        (output / "history.json").write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
+        if method is not None:
+            settle_gates(model, config, method, output / "pattern")
+        save_router(model.eval(), output / "router")
+    trainer.accelerator.wait_for_everyone()
+    return output / "router"
 
 
-def _dataset(recipe: Recipe, tokenizer: Any) -> OfflineTasks | JsonLines:
+def _method(recipe: Recipe) -> Baseline | None:
+    """The method of a static pattern; None for routers."""
+    from elasticore.train.baselines import baseline
+
+    if recipe.policy != "elastic":
+        return baseline(recipe.policy, recipe.policy_settings)
+    if recipe.policy_settings:
+        raise ValueError(
+            f"policy_settings {sorted(recipe.policy_settings)} belong to policy duo or prulong; "
+            "policy elastic has none."
+        )
+    return None
+
+
+def _dataset(recipe: Recipe, tokenizer: Any) -> Dataset[Any]:
     settings = dict(recipe.data)
     kind = settings.pop("kind", None)
     try:
         if kind == "offline":
-            samples = recipe.max_steps * recipe.batch_size * recipe.accumulation
+            processes = int(os.environ.get("WORLD_SIZE", 1))
+            samples = recipe.max_steps * recipe.batch_size * recipe.accumulation * processes
             return OfflineTasks(tokenizer, **{"samples": samples, "seed": recipe.seed, **settings})
         if kind == "jsonl":
             return JsonLines(tokenizer=tokenizer, **settings)
+        if kind == "packed":
+            return PackedSamples(tokenizer=tokenizer, **settings)
     except TypeError as error:
         raise ValueError(f"data does not take these settings: {error}.") from None
-    raise ValueError(f"data needs kind: offline or jsonl, got {kind!r}.")
+    raise ValueError(f"data needs kind: offline, jsonl or packed, got {kind!r}.")

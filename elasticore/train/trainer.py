@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +18,40 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from elasticore.checks import check_number
 from elasticore.models.elastic import is_elastic, routers, routings
 from elasticore.models.files import WEIGHTS, save_router
-from elasticore.router import AttentionRouter, CosineTemperature
+from elasticore.router import AttentionRouter, CosineTemperature, seed_noise
 from elasticore.router.routing import model_msr
 from elasticore.train.data import Collator, TrainingSample
 from elasticore.train.loss import Head, blocked_cross_entropy, hidden_states
 from elasticore.train.objective import LagrangianObjective
 
-__all__ = ["RouterTrainer"]
+__all__ = ["Learnt", "RouterTrainer", "check_processes"]
 
 OBJECTIVE = "objective.json"
 MULTIPLIERS = "multipliers.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class Learnt:
+    """Which tokens of a batch are learnt.
+
+    Attributes
+    ----------
+    labels
+        int64 ``[learnt tokens]``.
+    weights
+        float32 ``[learnt tokens]``: what each counts for.
+    predicting
+        int64 ``[learnt tokens]``: where the token before each lies in the flattened
+        ``[rows, T]``.
+    """
+
+    labels: Tensor
+    weights: Tensor
+    predicting: Tensor
+
+    def rows(self, hidden: Tensor) -> Tensor:
+        """The hidden states ``[learnt tokens, hidden size]`` that predict them."""
+        return hidden.flatten(0, 1).index_select(0, self.predicting)
 
 
 class RouterTrainer(Trainer):
@@ -35,6 +61,9 @@ class RouterTrainer(Trainer):
     optimizer, schedule and random states; never the backbone. Beside the usual figures it logs,
     averaged since the last time: ``lm_loss``, ``penalty``, ``temperature``, and per task ``msr/``,
     ``lambda1/`` and ``lambda2/``.
+
+    Several processes (``torchrun``, ``accelerate launch``) work on one batch together: the penalty
+    is that of all their samples, and their multipliers stay the same. Their noise differs.
 
     Parameters
     ----------
@@ -58,12 +87,16 @@ class RouterTrainer(Trainer):
     Raises
     ------
     TypeError, ValueError
-        If the model is not elastic, runs a static policy, or the multipliers are not finite.
+        If the model is not elastic, runs other policies than this trainer's, or the multipliers
+        are not finite; if several GPUs are visible to a single process.
     FloatingPointError
         In training, if a loss is not finite; the message names the step.
     """
 
-    objective: LagrangianObjective
+    policy: ClassVar[type[nn.Module]] = AttentionRouter
+    objective_type: ClassVar[type[nn.Module]] = LagrangianObjective
+    fidelity_name: ClassVar[str] = "lm_loss"
+    objective: Any
 
     def __init__(
         self,
@@ -80,13 +113,15 @@ class RouterTrainer(Trainer):
     ) -> None:
         if not isinstance(model, PreTrainedModel) or not is_elastic(model):
             raise ValueError("model is not elastic; call elasticore.elasticize(model, ...) first.")
-        if not isinstance(objective, LagrangianObjective):
-            raise TypeError(f"objective must be a LagrangianObjective, got {objective!r}.")
+        if not isinstance(objective, self.objective_type):
+            raise TypeError(
+                f"objective must be a {self.objective_type.__name__}, got {objective!r}."
+            )
         for router in routers(model):
-            if not isinstance(router, AttentionRouter):
+            if not isinstance(router, self.policy):
                 raise ValueError(
-                    f"model runs the policy {type(router).__name__}, which has nothing to train; "
-                    "elasticize it with an ElasticConfig."
+                    f"model runs the policy {type(router).__name__}, but {type(self).__name__} "
+                    f"trains {self.policy.__name__}s; elasticize it with those."
                 )
         check_number("multiplier_lr", multiplier_lr, 0)
         if not isinstance(args, TrainingArguments):
@@ -95,6 +130,7 @@ class RouterTrainer(Trainer):
             raise TypeError(f"collator must be a Collator or None, got {collator!r}.")
         if temperature is not None and not callable(temperature):
             raise TypeError(f"temperature must be callable (step, max_steps), got {temperature!r}.")
+        check_processes(args)
         objective.check()
         model.requires_grad_(False)
         for router in routers(model):
@@ -102,6 +138,8 @@ class RouterTrainer(Trainer):
         collator = collator or Collator(objective.tasks)
         # Our columns are not arguments of the model's forward, so the Trainer must not drop them.
         args.remove_unused_columns = False
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False  # every forward asks every router
         self.objective = objective.to(args.device)
         self.temperature = CosineTemperature() if temperature is None else temperature
         self.multiplier_lr = multiplier_lr
@@ -118,6 +156,7 @@ class RouterTrainer(Trainer):
         # So the Trainer counts the learnt tokens and leaves it to the loss to average over
         # micro-batches.
         self.model_accepts_loss_kwargs = True
+        self.objective.share()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW: the routers descend, the multipliers ascend."""
@@ -154,15 +193,15 @@ class RouterTrainer(Trainer):
         inputs = dict(inputs)
         task_ids, labels = inputs.pop("task_ids"), inputs.pop("labels")
         weights, predicting = inputs.pop("loss_weights"), inputs.pop("predicting")
-        backbone = self._elastic()
-        hidden, outputs = hidden_states(model, backbone, inputs)
-        lm_loss = blocked_cross_entropy(
-            hidden.flatten(0, 1).index_select(0, predicting),
-            labels.flatten()[predicting + 1],
-            weights.flatten()[predicting + 1],
-            Head.of(backbone),
+        learnt = Learnt(
+            labels.flatten()[predicting + 1], weights.flatten()[predicting + 1], predicting
         )
-        penalty, task_msr, count = self.objective(model_msr(routings(backbone)), task_ids)
+        backbone = self._elastic()
+        lm_loss, outputs = self.fidelity(model, backbone, inputs, learnt)
+        # Processes may have different numbers of batches in evaluation: none waits for another.
+        penalty, task_msr, count = self.objective(
+            model_msr(routings(backbone)), task_ids, all_processes=model.training
+        )
         # In a step of several micro-batches, what this one adds to their mean.
         accumulating = model.training and num_items_in_batch is not None
         steps = self.current_gradient_accumulation_steps if accumulating else 1
@@ -171,15 +210,55 @@ class RouterTrainer(Trainer):
         loss = lm_loss + penalty
         if not bool(torch.isfinite(loss)):
             raise FloatingPointError(
-                f"the loss is not finite at step {self.state.global_step}: language modelling "
+                f"the loss is not finite at step {self.state.global_step}: {self.fidelity_name} "
                 f"{lm_loss.item():g}, penalty {penalty.item():g}. Lower the learning rates, or "
                 "look for bad samples; the last checkpoint is intact."
             )
         if model.training:
-            self._add("lm_loss", lm_loss, 1 / steps)
+            self._add(self.fidelity_name, lm_loss, 1 / steps)
             self._add("penalty", penalty, 1 / steps)
             self._add("msr", task_msr.nan_to_num() * count, count)
         return (loss, outputs) if return_outputs else loss
+
+    def fidelity(
+        self, model: nn.Module, backbone: PreTrainedModel, inputs: dict[str, Any], learnt: Learnt
+    ) -> tuple[Tensor, Any]:
+        """What sparse heads must not spoil: the language modelling loss, and the model's output.
+
+        Parameters
+        ----------
+        model
+            What to call; see :func:`hidden_states`.
+        backbone
+            The elastic model itself.
+        inputs
+            Its arguments.
+        learnt
+            What the loss is made of.
+        """
+        hidden, outputs = hidden_states(model, backbone, inputs)
+        loss = blocked_cross_entropy(
+            learnt.rows(hidden), learnt.labels, learnt.weights, Head.of(backbone)
+        )
+        return loss, outputs
+
+    def before_step(self, step: int, max_steps: int) -> None:
+        """Set what changes over a run: the temperature."""
+        for router in routers(self._elastic()):
+            router.temperature = self.temperature(step, max_steps)  # type: ignore[assignment]
+
+    def figures(self) -> dict[str, float]:
+        """What to log beside losses and Ω_MSR."""
+        temperature: Any = routers(self._elastic())[0].temperature
+        return {"temperature": temperature}
+
+    def save_policies(self, folder: Path) -> None:
+        """Write what was trained into a checkpoint."""
+        save_router(self._elastic(), folder)
+
+    def load_policies(self, folder: Path) -> None:
+        """Copy what a checkpoint holds into the model's routers, which the optimizer has."""
+        load_layers(self._elastic(), folder / WEIGHTS)
 
     def _share(
         self, tokens: int, num_items_in_batch: Tensor | int | None, steps: int
@@ -207,16 +286,17 @@ class RouterTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add our own figures to what the Trainer logs during training."""
         if "loss" in logs and self._sums:
-            means = {name: total[0] / total[1] for name, total in self._sums.items()}
+            means = {}
+            for name, total in self._sums.items():
+                total = self.accelerator.reduce(total, "mean")
+                means[name] = total[0] / total[1]
             self._sums = {}
-            logs = {**logs, **{name: float(means[name]) for name in ("lm_loss", "penalty")}}
-            logs["temperature"] = next(iter(routers(self._elastic()))).temperature  # type: ignore[assignment]
-            for index, task in enumerate(self.objective.tasks):
-                task_msr = float(means["msr"][index])  # 0 / 0 if the task was absent
-                if not math.isnan(task_msr):
-                    logs[f"msr/{task}"] = task_msr
-                logs[f"lambda1/{task}"] = self.objective.lambda1[index].item()
-                logs[f"lambda2/{task}"] = self.objective.lambda2[index].item()
+            shares = means.pop("msr").tolist()
+            logs |= {name: float(mean) for name, mean in means.items()}
+            logs |= self.figures() | self.objective.figures()
+            for task, share in zip(self.objective.tasks, shares, strict=True):
+                if not math.isnan(share):  # 0 / 0 if the task was absent
+                    logs[f"msr/{task}"] = share
         super().log(logs, start_time)
 
     def _add(self, name: str, value: Tensor, weight: Tensor | float) -> None:
@@ -232,7 +312,7 @@ class RouterTrainer(Trainer):
 
         folder = Path(output_dir or self.args.output_dir or ".")
         self.objective.check()
-        save_router(self._elastic(), folder)
+        self.save_policies(folder)
         tensors = {n: p.detach().cpu() for n, p in self.objective.named_parameters()}
         save_file(tensors, folder / MULTIPLIERS)
         text = json.dumps(self.objective.config(), indent=2) + "\n"
@@ -250,33 +330,60 @@ class RouterTrainer(Trainer):
                 f"resume_from_checkpoint {folder} was trained with another objective (differs in "
                 f"{', '.join(changed)}); resume with the same settings or start a new run."
             )
-        _load_weights(self._elastic(), folder)
+        self.load_policies(folder)
         self.objective.load_state_dict(load_file(folder / MULTIPLIERS), strict=True)
 
     def _load_best_model(self) -> None:
         if self.state.best_model_checkpoint is not None:
-            _load_weights(self._elastic(), Path(self.state.best_model_checkpoint))
+            self.load_policies(Path(self.state.best_model_checkpoint))
 
 
 class _EveryStep(TrainerCallback):
-    """Before each step: clear the multipliers' gradients, check them, set the temperature."""
+    """Seeds the noise; before each step clears the multipliers' gradients and checks them."""
 
     def __init__(self, trainer: RouterTrainer) -> None:
         self.trainer = trainer
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.world_size > 1:  # the Trainer has seeded all processes alike
+            seed_noise(args.seed, args.process_index)
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.objective.zero_grad()  # the Trainer clears those of the model only
         self.trainer.objective.check()
-        temperature = self.trainer.temperature(state.global_step, state.max_steps)
-        for router in routers(self.trainer._elastic()):
-            router.temperature = temperature  # type: ignore[assignment]
+        self.trainer.before_step(state.global_step, state.max_steps)
 
 
-def _load_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Copy saved routers into the model's own, which the optimizer already holds."""
+def check_processes(args: TrainingArguments) -> None:
+    """Raise unless every process has one device, and knows of the others.
+
+    Raises
+    ------
+    ValueError
+        If the Trainer would copy the model to several GPUs of this one process, or a launcher has
+        started processes that each would train alone; the message says what to do.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if args.world_size != launched:
+        raise ValueError(
+            f"args has world_size {args.world_size}, but a launcher has started {launched} "
+            "processes, which would all train alone. Without GPUs, pass use_cpu=True and set "
+            "ACCELERATE_USE_CPU=true."
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"args sees {args.n_gpu} GPUs in one process, for which the Trainer uses "
+            "nn.DataParallel; its copies of the model lose the routing. Start a process per GPU, "
+            f"with torchrun --nproc-per-node {args.n_gpu} or accelerate launch, or show this one a "
+            "single GPU with CUDA_VISIBLE_DEVICES=0."
+        )
+
+
+def load_layers(model: PreTrainedModel, file: Path) -> None:
+    """Copy saved ``layers.INDEX.NAME`` into the model's own routers or policies."""
     from safetensors.torch import load_file
 
-    tensors = load_file(folder / WEIGHTS)
+    tensors = load_file(file)
     for index, router in enumerate(routers(model)):
         prefix = f"layers.{index}."
         router.load_state_dict(

@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elasticore.train import Collator, JsonLines, OfflineTasks, TrainingSample
+from elasticore.data import Span, TokenSequence
+from elasticore.data.encoding import fingerprint
+from elasticore.data.layouts import Header
+from elasticore.data.writer import PackedWriter
+from elasticore.train import Collator, JsonLines, OfflineTasks, PackedSamples, TrainingSample
 
 
 def sample(length: int, learnt: int, task: str = "a", start: int = 0) -> TrainingSample:
@@ -28,6 +33,12 @@ class Words:
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
         ids = [len(word) for word in text.split()]
         return {"input_ids": [99, *ids] if add_special_tokens else ids}
+
+    def __len__(self) -> int:
+        return 100
+
+    def get_vocab(self) -> dict[str, int]:
+        return {"x" * length: length for length in range(100)}
 
 
 def test_equal_lengths_need_no_mask() -> None:
@@ -134,3 +145,63 @@ def test_json_lines_without_a_file(tmp_path: Path) -> None:
 def test_offline_tasks_name_the_bad_argument(settings: dict[str, object], name: str) -> None:
     with pytest.raises((ValueError, TypeError), match=name):
         OfflineTasks(None, **{"tasks": {"code": 1.0}, "length": 64, "samples": 4, **settings})  # type: ignore[arg-type]
+
+
+def packed(folder: Path, tokenizer: object) -> Path:
+    """Two rows: sequences of 5 and 3 tokens, and one of 4; the last two tokens are answers."""
+    folder.mkdir()
+    writer = PackedWriter(folder, Header(8, ("a", "b"), ("mine",), fingerprint(tokenizer)))
+    for row in ([(5, 10, "a"), (3, 20, "b")], [(4, 30, "a")]):
+        sequences = []
+        for length, start, task in row:
+            ids = np.arange(start, start + length, dtype=np.int32)
+            labels = np.where(np.arange(length) < length - 2, np.int32(-100), ids)
+            spans = (Span("answer", length - 2, length),)
+            sequences.append(TokenSequence(ids, labels, task, "mine", spans))
+        writer.add(sequences)
+    writer.close()
+    return folder
+
+
+def test_packed_rows_keep_the_boundaries_of_their_sequences(tmp_path: Path) -> None:
+    data = PackedSamples(packed(tmp_path / "data", Words()), Words())
+    assert len(data) == 2
+    assert data.tasks == ("a", "b")
+    batch = Collator(("b", "a"), packed=True)([data[0], data[1]])
+    assert batch["cu_seq_lens_q"].tolist() == [0, 5, 8, 12]
+    assert batch["max_length_q"] == 5
+    assert batch["input_ids"].tolist() == [[*range(10, 15), *range(20, 23), *range(30, 34)]]
+    assert batch["position_ids"].tolist() == [[*range(5), *range(3), *range(4)]]
+    assert batch["task_ids"].tolist() == [1, 0, 1]
+    assert batch["labels"][0].tolist() == [*[-100] * 3, 13, 14, -100, 21, 22, -100, -100, 32, 33]
+    assert batch["predicting"].tolist() == [2, 3, 5, 6, 9, 10]
+
+
+def test_packed_rows_make_the_batch_that_their_samples_make(tmp_path: Path) -> None:
+    data = PackedSamples(packed(tmp_path / "data", Words()), Words())
+    rows = [data[index] for index in range(len(data))]
+    for collator in (Collator(("a", "b"), packed=True), Collator(("a", "b"))):
+        together, apart = collator(rows), collator([one for row in rows for one in row])
+        assert together.keys() == apart.keys()
+        assert all(
+            torch.equal(torch.as_tensor(together[k]), torch.as_tensor(apart[k])) for k in apart
+        )
+
+
+def test_packed_rows_reach_loader_processes(tmp_path: Path) -> None:
+    data = PackedSamples(packed(tmp_path / "data", Words()), Words())
+    data[1]  # a row group is held here already
+    loader = torch.utils.data.DataLoader(
+        data, batch_size=1, collate_fn=Collator(("a", "b"), packed=True), num_workers=1
+    )
+    assert [batch["cu_seq_lens_q"].tolist() for batch in loader] == [[0, 5, 8], [0, 4]]
+
+
+def test_packed_data_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    class Other(Words):
+        def get_vocab(self) -> dict[str, int]:
+            return {"y" * length: length for length in range(100)}
+
+    path = packed(tmp_path / "data", Other())
+    with pytest.raises(ValueError, match="whose tokens are not those of the backbone"):
+        PackedSamples(path, Words())

@@ -6,12 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import elasticore as ec
+from elasticore.data import TokenSequence
+from elasticore.data.encoding import fingerprint
+from elasticore.data.layouts import Header
+from elasticore.data.writer import PackedWriter
 from elasticore.train import Recipe, train
 
 
@@ -96,6 +101,38 @@ def test_overrides_win_over_the_file(backbone: Path, tmp_path: Path) -> None:
     assert Recipe.load(path, max_steps=7, backend=None).max_steps == 7
 
 
+def packed(backbone: Path, tasks: tuple[str, ...] = ("qa",)) -> dict[str, Any]:
+    """Packed data of the backbone's tokenizer: rows of sequences of 40 and 20 tokens."""
+    folder = backbone.parent / "packed"
+    folder.mkdir()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(backbone)
+    writer = PackedWriter(folder, Header(64, tasks, ("mine",), fingerprint(tokenizer)))
+    for row in range(4):
+        sequences = []
+        for length in (40, 20):
+            ids = np.array([(row + 7 * at) % 63 + 1 for at in range(length)], np.int32)
+            labels = np.where(np.arange(length) < length - 3, np.int32(-100), ids)
+            sequences.append(TokenSequence(ids, labels, tasks[row % len(tasks)], "mine"))
+        writer.add(sequences)
+    writer.close()
+    return {"kind": "packed", "path": str(folder)}
+
+
+def test_a_recipe_trains_on_packed_data(backbone: Path, tmp_path: Path) -> None:
+    recipe = Recipe.load(write(tmp_path, settings(backbone, data=packed(backbone), batch_size=1)))
+    train(recipe, tmp_path / "run")
+    history = json.loads((tmp_path / "run" / "history.json").read_text())
+    assert [entry["step"] for entry in history] == [1, 2]
+    assert all(0 <= entry["msr/qa"] <= 1 for entry in history)
+
+
+def test_tasks_of_packed_data_without_a_target_are_named(backbone: Path, tmp_path: Path) -> None:
+    path = write(tmp_path, settings(backbone, data=packed(backbone, ("qa", "code", "chat"))))
+    with pytest.raises(ValueError, match="holds the tasks chat, code, which have no target"):
+        train(Recipe.load(path), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -103,6 +140,8 @@ def test_overrides_win_over_the_file(backbone: Path, tmp_path: Path) -> None:
         ({"targets": {"qa": 1.5}}, "targets"),
         ({"targets": {}}, "targets"),
         ({"data": {"kind": "magic"}}, "data needs kind"),
+        ({"data": {"kind": "packed", "path": "/nowhere/at/all"}}, "elasticore data build"),
+        ({"data": {"kind": "packed", "max_length": 4}}, "data does not take"),
         ({"data": {"kind": "offline", "tasks": {"code": 1}, "wrong": 1}}, "data does not take"),
         ({"elastic": {"mode": "fa-fa"}}, "mode"),
         ({"elastic": {"sink": 100}}, "sink"),

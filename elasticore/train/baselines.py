@@ -1,0 +1,363 @@
+"""DuoAttention and PruLong, trained as routers are: same data, same trainer, same evaluation.
+
+Both learn one gate per KV head that holds for every input (:class:`StaticGate`). They differ in
+what they preserve, and in what pulls heads to the sparse mode:
+
+- DuoAttention preserves the last hidden states of the model with full attention (its Eq. 2) and
+  pays for the sum of its gates (Eq. 3).
+- PruLong preserves the language modelling loss, and follows a Lagrangian whose target rises to the
+  share of sparse heads that is wanted.
+
+Then the heads with the lowest gates, exactly as many as asked for, become sparse.
+The papers are arXiv 2410.10819 and arXiv 2506.17121.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from elasticore.checks import check_number
+from elasticore.models.config import ElasticConfig
+from elasticore.models.elastic import elasticize, restore, routers
+from elasticore.models.families import attention_layers, is_local
+from elasticore.router.gates import (
+    DuoGate,
+    HardConcreteGate,
+    StaticGate,
+    head_scores,
+    retrieval_only,
+    sparse_table,
+)
+from elasticore.router.policies import fixed_policies
+from elasticore.router.tables import write_duo, write_prulong
+from elasticore.train.loss import hidden_states
+from elasticore.train.objective import LagrangianObjective, SparsityPenalty
+from elasticore.train.trainer import Learnt, RouterTrainer, load_layers
+
+__all__ = [
+    "BASELINES",
+    "Baseline",
+    "DuoAttention",
+    "DuoTrainer",
+    "GatePrice",
+    "GateTrainer",
+    "PruLong",
+    "PruLongTrainer",
+    "RisingTarget",
+    "attach_gates",
+    "baseline",
+    "settle_gates",
+]
+
+GATES = "gates.safetensors"
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class GatePrice(nn.Module):
+    """DuoAttention's regularisation: ``weight`` times the mean gate (Eqs. 3 and 4).
+
+    The paper sums |α|; its code, as here, takes the mean, so that the weight does not depend on the
+    number of heads.
+
+    Parameters
+    ----------
+    weight
+        λ of Eq. 4.
+    """
+
+    tasks = ("all",)
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        check_number("weight", weight, 0)
+        self.weight = weight
+
+    def forward(
+        self, msr: Tensor, task_ids: Tensor, *, all_processes: bool = False
+    ) -> SparsityPenalty:
+        """The price where ``msr`` ``[samples]``, the same for all of them, is 1 - mean α."""
+        mean = msr.float().mean()
+        count = torch.tensor([msr.numel()], device=msr.device)
+        return SparsityPenalty(self.weight * (1 - mean), mean.detach()[None], count)
+
+    def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Nothing to train."""
+        return []
+
+    def share(self) -> None:
+        """Nothing to share between processes."""
+
+    def figures(self) -> dict[str, float]:
+        """Nothing to log."""
+        return {}
+
+    def check(self) -> None:
+        """Nothing that could break."""
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's argument."""
+        return {"weight": self.weight}
+
+
+class RisingTarget(LagrangianObjective):
+    """PruLong's Lagrangian: ``λ1 (s - t) + λ2 (s - t)²`` over all samples, with t rising from 0.
+
+    s is the share of sparse heads as sampled. λ1 and λ2 start at 0 and ascend.
+
+    Parameters
+    ----------
+    sparsity
+        t at the end.
+    ramp
+        Share of the run over which t rises, linearly.
+    """
+
+    def __init__(self, sparsity: float, ramp: float = 0.8) -> None:
+        check_number("sparsity", sparsity, 0, 1)
+        check_number("ramp", ramp, 0, 1)
+        super().__init__({"all": sparsity}, signed=True, init=(0.0, 0.0))
+        self.sparsity, self.ramp = sparsity, ramp
+
+    def forward(
+        self, msr: Tensor, task_ids: Tensor, *, all_processes: bool = False
+    ) -> SparsityPenalty:
+        """As :class:`LagrangianObjective`, with all samples in one task."""
+        return super().forward(msr, torch.zeros_like(task_ids), all_processes=all_processes)
+
+    def rise(self, step: int, max_steps: int) -> None:
+        """Set t for ``step`` (optimizer steps done so far) of ``max_steps``."""
+        done = min(1.0, step / (self.ramp * max_steps)) if self.ramp else 1.0
+        for bound in (self.low, self.high):
+            bound.fill_(self.sparsity * done)
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return {"sparsity": self.sparsity, "ramp": self.ramp}
+
+
+class GateTrainer(RouterTrainer):
+    """A :class:`RouterTrainer` for the static gates of a model.
+
+    Its checkpoints hold the gates in place of routers. ``collator`` has to be given, as the
+    objective has no tasks of the data's.
+    """
+
+    policy: ClassVar[type[nn.Module]] = StaticGate
+
+    def before_step(self, step: int, max_steps: int) -> None:
+        """Nothing changes over a run."""
+
+    def figures(self) -> dict[str, float]:
+        """Nothing beside losses and Ω_MSR."""
+        return {}
+
+    def save_policies(self, folder: Path) -> None:
+        """Write the gates of all layers."""
+        from safetensors.torch import save_file
+
+        tensors = {
+            f"layers.{index}.{name}": tensor.detach().cpu().contiguous()
+            for index, gate in enumerate(routers(self._elastic()))
+            for name, tensor in gate.state_dict().items()
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / GATES)
+
+    def load_policies(self, folder: Path) -> None:
+        """Copy the gates of a checkpoint into the model's own."""
+        load_layers(self._elastic(), folder / GATES)
+
+
+class DuoTrainer(GateTrainer):
+    """Trains :class:`DuoGate` by distillation; logs ``distillation`` in place of ``lm_loss``."""
+
+    policy = DuoGate
+    objective_type = GatePrice
+    fidelity_name = "distillation"
+
+    def fidelity(
+        self, model: nn.Module, backbone: PreTrainedModel, inputs: dict[str, Any], learnt: Learnt
+    ) -> tuple[Tensor, Any]:
+        """Mean squared distance (Eq. 2) to the hidden states with every head in retrieval mode.
+
+        It is taken where learnt tokens are predicted, and weighted as the cross-entropy would be.
+        """
+        with torch.no_grad(), retrieval_only(routers(backbone)):
+            full, _ = hidden_states(backbone, backbone, inputs)
+        mixed, outputs = hidden_states(model, backbone, inputs)
+        distance = learnt.rows(mixed).float() - learnt.rows(full).float()
+        return (distance.square().mean(-1) * learnt.weights).sum(), outputs
+
+    def before_step(self, step: int, max_steps: int) -> None:
+        """Put the gates back into [0, 1]."""
+        for gate in routers(self._elastic()):
+            gate.clamp()  # type: ignore[operator]
+
+
+class PruLongTrainer(GateTrainer):
+    """Trains :class:`HardConcreteGate` on the language modelling loss."""
+
+    policy = HardConcreteGate
+    objective_type = RisingTarget
+
+    def before_step(self, step: int, max_steps: int) -> None:
+        """Raise the target."""
+        self.objective.rise(step, max_steps)
+
+
+@dataclass(frozen=True)
+class Baseline(ABC):
+    """The settings of a method with static gates, and what it is made of."""
+
+    trainer: ClassVar[type[GateTrainer]]
+    lr: float
+    multiplier_lr: float
+    sparsity: float
+
+    def __post_init__(self) -> None:
+        check_number("lr", self.lr, 0)
+        check_number("multiplier_lr", self.multiplier_lr, 0)
+        check_number("sparsity", self.sparsity, 0, 1)
+        self.gate(1)
+        self.objective()
+
+    @abstractmethod
+    def gate(self, kv_heads: int) -> StaticGate:
+        """The gates of a layer."""
+
+    @abstractmethod
+    def objective(self) -> GatePrice | RisingTarget:
+        """What pulls them to the sparse mode."""
+
+    @abstractmethod
+    def write(self, folder: Path, scores: Tensor, table: Tensor, config: ElasticConfig) -> Path:
+        """Write a trained pattern in the method's own format; return where it is."""
+
+
+@dataclass(frozen=True)
+class DuoAttention(Baseline):
+    """DuoAttention; the defaults are its paper's.
+
+    Parameters
+    ----------
+    lr
+        Of the gates.
+    sparsity
+        Ω_MSR of the pattern.
+    reg_weight
+        λ of Eq. 4.
+    initial
+        α at the start.
+    """
+
+    trainer = DuoTrainer
+    lr: float = 0.02
+    multiplier_lr: float = 0.0
+    sparsity: float = 0.7
+    reg_weight: float = 0.05
+    initial: float = 1.0
+
+    def gate(self, kv_heads: int) -> DuoGate:
+        """See :meth:`Baseline.gate`."""
+        return DuoGate(kv_heads, self.initial)
+
+    def objective(self) -> GatePrice:
+        """See :meth:`Baseline.objective`."""
+        return GatePrice(self.reg_weight)
+
+    def write(self, folder: Path, scores: Tensor, table: Tensor, config: ElasticConfig) -> Path:
+        """The gates themselves: any share of them can be made sparse later."""
+        return write_duo(folder, scores, config.sink, config.local)
+
+
+@dataclass(frozen=True)
+class PruLong(Baseline):
+    """PruLong; the defaults are those of its released run.
+
+    Parameters
+    ----------
+    lr, multiplier_lr
+        Of log α, and of λ1 and λ2.
+    sparsity
+        Ω_MSR of the pattern, and the target at the end.
+    ramp
+        Share of the run over which the target rises.
+    initial
+        log α at the start.
+    """
+
+    trainer = PruLongTrainer
+    lr: float = 1.0
+    multiplier_lr: float = 1.0
+    sparsity: float = 0.7
+    ramp: float = 0.8
+    initial: float = 4.0
+
+    def gate(self, kv_heads: int) -> HardConcreteGate:
+        """See :meth:`Baseline.gate`."""
+        return HardConcreteGate(kv_heads, self.initial)
+
+    def objective(self) -> RisingTarget:
+        """See :meth:`Baseline.objective`."""
+        return RisingTarget(self.sparsity, self.ramp)
+
+    def write(self, folder: Path, scores: Tensor, table: Tensor, config: ElasticConfig) -> Path:
+        """The mask at this sparsity."""
+        return write_prulong(folder / f"masks_sp{self.sparsity:g}.tsv", table)
+
+
+BASELINES: dict[str, type[Baseline]] = {"duo": DuoAttention, "prulong": PruLong}
+"""The methods by their name in a recipe."""
+
+
+def baseline(policy: str, settings: Mapping[str, Any]) -> Baseline:
+    """The method called ``policy`` with its settings.
+
+    Raises
+    ------
+    ValueError
+        On a name or a setting that does not exist, or a value out of range.
+    """
+    if policy not in BASELINES:
+        raise ValueError(f"policy must be one of elastic, {', '.join(BASELINES)}, got {policy!r}.")
+    try:
+        return BASELINES[policy](**settings)
+    except TypeError as error:
+        raise ValueError(f"policy_settings do not fit policy {policy!r}: {error}.") from None
+
+
+def attach_gates(model: Model, config: ElasticConfig, method: Baseline) -> Model:
+    """Make ``model`` elastic with the untrained gates of ``method``."""
+    kv_heads = model.config.num_key_value_heads  # type: ignore[union-attr]
+    layers = [layer for layer in attention_layers(model) if not is_local(layer)]
+    gates = [method.gate(kv_heads).train(layer.training) for layer in layers]  # type: ignore[arg-type]
+    return elasticize(model, config, policies=gates)
+
+
+def settle_gates(model: Model, config: ElasticConfig, method: Baseline, folder: Path) -> Model:
+    """Put the static pattern in the place of trained gates, and write it in the method's format.
+
+    Parameters
+    ----------
+    model
+        With gates of ``method``; afterwards it has a :class:`FixedPolicy` in every layer.
+    config
+        The model's settings.
+    method
+        Whose ``sparsity`` is the pattern's Ω_MSR, to the nearest head.
+    folder
+        Where the pattern goes.
+    """
+    scores = head_scores(routers(model))
+    table = sparse_table(scores, method.sparsity)
+    method.write(folder, scores, table, config)
+    return elasticize(restore(model), config, policies=fixed_policies(table))
