@@ -10,24 +10,15 @@ from typing import Any
 from elasticore.bench.cases import Case, tokens
 from elasticore.bench.report import Results
 from elasticore.bench.run import Record
+from elasticore.drawing import pyplot, save
 
-__all__ = ["need_matplotlib", "picture"]
+__all__ = ["picture"]
 
 _COLOURS = (
     *("#c0392b", "#e59866", "#2e6da4", "#6fa8dc", "#5d8a66", "#9bbf9b"),
     *("#8e7cc3", "#999999", "#7a1f16", "#f5cba7", "#1b3f60", "#d4ac0d"),
 )
 _DENSE: dict[str, Any] = {"color": "#444444", "linestyle": "--", "linewidth": 1}
-
-
-def need_matplotlib() -> None:
-    """Raise ``ImportError`` with what to do if there is no matplotlib."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ImportError(
-            "plot needs matplotlib, which is not installed; pip install 'elasticore[plot]'."
-        ) from None
 
 
 def picture(results: Results, suite: str, path: Path) -> Path | None:
@@ -48,12 +39,7 @@ def picture(results: Results, suite: str, path: Path) -> Path | None:
     Path or None
         ``path``; None if nothing of the suite was measured.
     """
-    need_matplotlib()
-    import matplotlib
-
-    matplotlib.use("Agg", force=False)
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     measured = [
         (case, [record for record in records if record.ms])
         for case, records in results
@@ -94,10 +80,7 @@ def picture(results: Results, suite: str, path: Path) -> Path | None:
         handles.append(plt.Line2D([], [], **_DENSE))
         names.append("fastest that reads everything")
     figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 4), fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
+    return save(figure, path, dpi=110)
 
 
 def _curves(axis: Any, pairs: Sequence[tuple[Case, list[Record]]], colours: dict[str, str]) -> None:

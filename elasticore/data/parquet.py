@@ -89,20 +89,25 @@ class PackedParquet:
     @cached_property
     def tasks(self) -> tuple[str, ...]:
         """The tasks that occur; found in the small column of task ids, without the tokens."""
-        names = self.header.tasks
-        seen = {
-            number
-            for place in range(len(self._groups))
-            for numbers in self._read(place, ["task_ids"])["task_ids"].to_pylist()
-            for number in numbers
-        }
-        wrong = sorted(number for number in seen if not 0 <= number < len(names))
-        if wrong:
-            raise ValueError(
-                f"{self.path}: task ids {wrong} are out of range: there are {len(names)}, "
-                f"{', '.join(names)}. Build it again."
-            )
+        names, seen = self.header.tasks, set[int]()
+        for place, (number, group) in enumerate(self._groups):
+            column = self._read(place, ["task_ids"])["task_ids"].to_pylist()
+            here = {task for tasks in column for task in tasks}
+            wrong = sorted(task for task in here if not 0 <= task < len(names))
+            if wrong:
+                raise ValueError(
+                    f"{self.files[number]}, row group {group}: task ids {wrong} are out of range: "
+                    f"there are {len(names)}, {', '.join(names)}. Build it again."
+                )
+            seen |= here
         return tuple(name for number, name in enumerate(names) if number in seen)
+
+    def where(self, index: int) -> str:
+        """The file, row group and row of a row, for messages."""
+        place = int(np.searchsorted(self._ends, index, "right"))
+        number, group = self._groups[place]
+        first = self._ends[place - 1] if place else 0
+        return f"{self.files[number].name}, row group {group}, row {index - first}"
 
     def _find(self) -> list[Path]:
         if self.path.is_file():
@@ -130,7 +135,8 @@ class PackedParquet:
             )
         except (OSError, ValueError) as error:  # what pyarrow raises are these two
             raise ValueError(
-                f"{file} is cut off, or no parquet: {error}. Copy it again, or build again."
+                f"{file} is cut off, or no parquet: {error}. Copy it again, or make it again with "
+                "`elasticore data build`."
             ) from None
 
     def _describe(self, file: Path, metadata: Any) -> Any:
@@ -158,7 +164,7 @@ class PackedParquet:
             except (OSError, ValueError) as error:
                 raise ValueError(
                     f"{self.files[number]}, row group {group}, is damaged: {error}. Copy the file "
-                    "again, or build again."
+                    "again, or make it again with `elasticore data build`."
                 ) from None
 
     def _rows(self, place: int) -> Iterator[list[TokenSequence]]:

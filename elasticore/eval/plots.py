@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from elasticore.drawing import pyplot, save
+
 __all__ = ["routing_picture"]
 
 
@@ -32,14 +34,11 @@ def routing_picture(
     ValueError
         If there is no task.
     """
-    import matplotlib
-
-    matplotlib.use("Agg", force=False)
-    import matplotlib.pyplot as plt
-    from matplotlib.colors import LinearSegmentedColormap
-
     if not frequency:
         raise ValueError("frequency must hold at least one task.")
+    plt = pyplot()
+    from matplotlib.colors import LinearSegmentedColormap
+
     colours = LinearSegmentedColormap.from_list("routing", ["#c0392b", "#f4f1ee", "#2e6da4"])
     figure, axes = plt.subplots(
         1,
@@ -70,8 +69,4 @@ def routing_picture(
     bar.outline.set_visible(False)
     if title:
         figure.suptitle(title, fontsize=11)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return path
+    return save(figure, Path(path), dpi=150)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from elasticore.models.memory import recall, remember
 from elasticore.models.recording import active_traces
 from elasticore.plan import HeadMode, HeadPlan
 from elasticore.router import Routing
+
+if TYPE_CHECKING:
+    from elasticore.models.sequence_parallel import SequenceParallel
 
 __all__ = ["LayerState", "ModelState"]
 
@@ -73,6 +76,8 @@ class ModelState:
         How many layers the model keeps inside a window of its own.
     routings
         What each elastic layer's router decided in the latest pass that routed.
+    sequence_parallel
+        What the model was attached to: its passes then see a slice of the tokens each.
     backend
         The context's choice in the latest pass. Gradient checkpointing recomputes with it, in
         whichever context and thread the backward pass runs.
@@ -89,6 +94,7 @@ class ModelState:
     layers: list[LayerState] = field(default_factory=list)
     local_layers: int = 0
     routings: dict[int, Routing] = field(default_factory=dict)
+    sequence_parallel: SequenceParallel | None = None
     backend: str | None = None
     now: _Now = field(default_factory=_Now)
 
@@ -112,6 +118,13 @@ class ModelState:
                     "use_reentrant must be False: reentrant gradient checkpointing gives routers "
                     'wrong gradients. Enable checkpointing with {"use_reentrant": False}, or with '
                     "no arguments of its own."
+                )
+        if self.sequence_parallel is not None:
+            self.sequence_parallel.check(kwargs)
+            if active_traces():
+                raise ValueError(
+                    "record() sees the heads of its own process only; it cannot record a model "
+                    "under sequence parallelism."
                 )
         self.routings = {}
         self.backend = current_backend()
@@ -193,11 +206,29 @@ class LayerState:
         scale: float | None,
         kwargs: dict[str, Any],
     ) -> Tensor:
+        """Attend over the whole batch: under sequence parallelism, with some of the heads."""
+        keys = self.model.now.keys.pop(self.index)  # popped: not ours to keep alive
+        tapped = self.model.family.keys(keys, q.shape[1], k.shape[1], q.shape[3])
+        parallel = self.model.sequence_parallel
+        if parallel is None:
+            return self._attend(q, k, v, tapped, attention_mask, scale, kwargs)
+        q, k, v, heads = (parallel.to_heads(x) for x in (q, k, v, tapped.transpose(1, 2)))
+        out = self._attend(q, k, v, heads.transpose(1, 2), attention_mask, scale, kwargs)
+        return parallel.to_tokens(out)
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        tapped: Tensor,
+        attention_mask: Tensor | None,
+        scale: float | None,
+        kwargs: dict[str, Any],
+    ) -> Tensor:
         """Route if this is a prefill, then run all heads in one attention call."""
-        batch, query_heads, queries, head_dim = q.shape
-        # Popped: neither is ours to keep alive.
-        keys = self.model.now.keys.pop(self.index)
-        cache, past = self.model.now.caches.pop(self.index)
+        batch, query_heads, queries, _ = q.shape
+        cache, past = self.model.now.caches.pop(self.index)  # popped, as the keys
         recomputing = _recomputing()
         layout = self.model.layout(
             past,
@@ -214,7 +245,6 @@ class LayerState:
         segments = layout.segments(batch, queries, k.shape[2], q.device)
         prefill = cache is None or self.model.is_empty(cache, past)
         routing: Routing | None = None
-        tapped = self.model.family.keys(keys, query_heads, k.shape[1], head_dim)
         if prefill:
             routing = self._route(tapped, segments)
             decisions = routing.decisions

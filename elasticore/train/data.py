@@ -19,7 +19,7 @@ from elasticore.data.encoding import fingerprint
 from elasticore.data.parquet import PackedParquet
 from elasticore.data.sequence import IGNORED
 
-__all__ = ["Collator", "JsonLines", "OfflineTasks", "PackedSamples", "TrainingSample"]
+__all__ = ["Collator", "JsonLines", "Learnt", "OfflineTasks", "PackedSamples", "TrainingSample"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,11 +32,17 @@ class TrainingSample:
         int64 ``[tokens]``; a label is the token itself, or -100 where nothing is to be learnt.
     task
         Name of its task, one of the objective's targets.
+    origin
+        Where it comes from, for messages: a file and a line, or a number.
     """
 
     input_ids: Tensor
     labels: Tensor
     task: str
+    origin: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.origin or 'a sample'} ({self.task}, {len(self.input_ids)} tokens)"
 
 
 class OfflineTasks(Dataset[TrainingSample]):
@@ -110,7 +116,7 @@ class OfflineTasks(Dataset[TrainingSample]):
         ids = torch.as_tensor(np.asarray(sample.input_ids), dtype=torch.int64)
         labels = torch.full_like(ids, IGNORED)
         labels[sample.start : sample.stop] = ids[sample.start : sample.stop]
-        return TrainingSample(ids, labels, task)
+        return TrainingSample(ids, labels, task, f"offline {self.split} sample {index}")
 
 
 class JsonLines(Dataset[TrainingSample]):
@@ -162,7 +168,7 @@ class JsonLines(Dataset[TrainingSample]):
             raise ValueError(f"{where}: {len(ids)} input_ids but {len(labels)} labels.")
         if not 2 <= len(ids) <= max_length:
             raise ValueError(f"{where}: {len(ids)} tokens; accepted are 2 to {max_length}.")
-        return TrainingSample(torch.tensor(ids), torch.tensor(labels), str(task))
+        return TrainingSample(torch.tensor(ids), torch.tensor(labels), str(task), where)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -182,12 +188,18 @@ class PackedSamples(Dataset[tuple[TrainingSample, ...]]):
         The model's tokenizer; an error if the data were made with another vocabulary.
     loss
         ``"stored"``: learn what the data say. ``"answer"``: the answers only.
+
+    Attributes
+    ----------
+    tasks
+        The tasks that occur.
     """
 
     def __init__(
         self, path: str | Path, tokenizer: Any, loss: Literal["stored", "answer"] = "stored"
     ) -> None:
         self.data = PackedParquet(path, loss)
+        self.tasks = self.data.tasks  # read now, as an id that is no task's is an error
         made_with = self.data.header.tokenizer
         if made_with is not None:
             own = fingerprint(tokenizer)
@@ -197,22 +209,19 @@ class PackedSamples(Dataset[tuple[TrainingSample, ...]]):
                     f"are not those of {own['name'] or 'the backbone'}; build it again with that."
                 )
 
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """The tasks that occur."""
-        return self.data.tasks
-
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, index: int) -> tuple[TrainingSample, ...]:
+        where = self.data.where(index)
         return tuple(
             TrainingSample(
                 torch.tensor(one.input_ids, dtype=torch.int64),
                 torch.tensor(one.labels, dtype=torch.int64),
                 one.task,
+                f"{where}, sequence {number}",
             )
-            for one in self.data[index]
+            for number, one in enumerate(self.data[index])
         )
 
 
@@ -251,7 +260,7 @@ class Collator:
     def __call__(
         self, batch: Sequence[TrainingSample | Sequence[TrainingSample]]
     ) -> dict[str, Any]:
-        """The model's inputs and, beside them, what the loss is made of.
+        """The model's inputs and, beside them, what the loss is made of, and ``origins`` in words.
 
         ``task_ids`` ``[samples]``; ``labels`` and ``loss_weights`` ``[rows, T]``, at the tokens to
         be learnt; ``predicting`` ``[learnt tokens]``: where the token before each of them lies in
@@ -281,7 +290,8 @@ class Collator:
             weights = [w / max(total, 1.0) for w in weights]
         ids = [sample.input_ids for sample in samples]
         made: dict[str, Any] = {
-            "task_ids": torch.tensor([self.tasks.index(sample.task) for sample in samples])
+            "task_ids": torch.tensor([self.tasks.index(sample.task) for sample in samples]),
+            "origins": [str(sample) for sample in samples],
         }
         if self.packed:
             made |= self._pack(ids)
@@ -311,6 +321,35 @@ class Collator:
         if len({len(one) for one in ids}) > 1:
             batch["attention_mask"] = _stack([torch.ones_like(one) for one in ids], 0)
         return batch
+
+
+@dataclass(frozen=True, eq=False)
+class Learnt:
+    """Which tokens of a batch are learnt.
+
+    Attributes
+    ----------
+    labels
+        int64 ``[learnt tokens]``.
+    weights
+        float32 ``[learnt tokens]``: what each counts for.
+    predicting
+        int64 ``[learnt tokens]``: where the token before each lies in the flattened
+        ``[rows, T]``.
+    """
+
+    labels: Tensor
+    weights: Tensor
+    predicting: Tensor
+
+    def rows(self, hidden: Tensor) -> Tensor:
+        """The hidden states ``[learnt tokens, hidden size]`` that predict them."""
+        return hidden.flatten(0, 1).index_select(0, self.predicting)
+
+    def part(self, start: int, stop: int, first: int) -> Learnt:
+        """Those from ``start`` to ``stop``, predicted from a slice that begins at ``first``."""
+        here = slice(start, stop)
+        return Learnt(self.labels[here], self.weights[here], self.predicting[here] - first)
 
 
 def _stack(rows: list[Tensor], fill: float) -> Tensor:

@@ -5,26 +5,32 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch.utils.data import Dataset
 
 from elasticore.backends.registry import use_backend
+from elasticore.checks import check_int, check_number
 from elasticore.models.config import ElasticConfig
 from elasticore.models.elastic import elasticize
 from elasticore.models.files import save_router
 from elasticore.models.loading import load_backbone
 from elasticore.router.schedule import temperature_schedule
+from elasticore.train.checkpoints import find_checkpoint, newest
 from elasticore.train.data import Collator, JsonLines, OfflineTasks, PackedSamples
 from elasticore.train.objective import LagrangianObjective
 
 if TYPE_CHECKING:
     from elasticore.train.baselines import Baseline
 
-__all__ = ["Recipe", "train"]
+__all__ = ["Parts", "Recipe", "check_tasks", "dataset_of", "parts_of", "train"]
+
+TIMEOUT = 600
+"""Seconds that a process waits for the others before it gives up: one of them has died or hangs."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +71,27 @@ class Recipe:
         Of the backbone, ``"bfloat16"`` or ``"float32"``; routers train in float32.
     checkpointing
         Whether layers are recomputed in the backward.
+    sharding
+        Whether the backbone is split over the processes (``full``), over those of a node
+        (``hybrid``), or whole in each (``none``): see :mod:`elasticore.train.sharding`.
+    sequence_parallel
+        Processes that share the tokens of each batch, which must be packed: see
+        :mod:`elasticore.models.sequence_parallel`. ``batch_size`` is then that of all of them.
     backend
         What runs the attention.
     seed, logging_steps, save_steps
         Save 0 keeps only the end.
+    keep
+        How many checkpoints stay, the newest ones; 0 for all. The best one stays beside them.
+    validation, eval_steps, keep_best
+        Held-out samples, given as ``data``; offline ones are of the held-out split. Every
+        ``eval_steps`` the loss is taken on them, and the checkpoint with the lowest is kept: see
+        :class:`~elasticore.train.validation.Measured`. With ``keep_best`` it is the result.
     workers
         Processes that make samples.
+    report_to
+        Where the log also goes: names that :class:`transformers.TrainingArguments` knows, such as
+        ``[tensorboard, wandb]``. None: TensorBoard, if it is installed.
     """
 
     backbone: str
@@ -94,43 +115,100 @@ class Recipe:
     packed: bool = False
     dtype: str = "bfloat16"
     checkpointing: bool = False
+    sharding: Literal["none", "full", "hybrid"] = "none"
+    sequence_parallel: int = 1
     backend: str = "auto"
     seed: int = 0
     logging_steps: int = 10
     save_steps: int = 100
+    keep: int = 3
+    validation: dict[str, Any] = field(default_factory=dict)
+    eval_steps: int = 50
+    keep_best: bool = False
     workers: int = 0
+    report_to: str | list[str] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "batch_size", "accumulation", "logging_steps", "eval_steps"):
+            check_int(name, getattr(self, name), 1)
+        if self.keep_best and not (self.validation and self.save_steps):
+            raise ValueError("keep_best needs validation, to say what is best, and save_steps.")
+        check_int("sequence_parallel", self.sequence_parallel, 1)
+        for name in ("save_steps", "keep", "workers"):
+            check_int(name, getattr(self, name), 0)
+        for name in ("router_lr", "multiplier_lr", "weight_decay", "max_grad_norm"):
+            check_number(name, getattr(self, name), 0)
+        check_number("warmup_ratio", self.warmup_ratio, 0, 1)
 
     @classmethod
-    def load(cls, path: str | Path, **overrides: Any) -> Recipe:
-        """Read a YAML file; ``overrides`` that are not None win over it.
+    def load(cls, path: str | Path, changes: Sequence[str] = (), **overrides: Any) -> Recipe:
+        """Read a YAML file.
+
+        Parameters
+        ----------
+        path
+            The file.
+        changes
+            ``"key=value"`` each, as ``elasticore train --set`` takes them: a YAML value, and dots
+            into mappings, as in ``"elastic.boundary=50"``. Tasks of ``targets`` must be there.
+        **overrides
+            Settings that win over both; None leaves one as it is.
 
         Raises
         ------
         FileNotFoundError
             If there is no such file.
         ValueError
-            If it is no YAML mapping, or names settings that do not exist or misses some.
+            If it is no YAML mapping, or names settings that do not exist or misses some, or a
+            change leads nowhere.
         """
-        import yaml
+        from elasticore.train.settings import changed, read_settings
 
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"config {path} is no file.")
-        try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"config {path} is no YAML: {error}") from error
-        if not isinstance(data, dict):
-            raise ValueError(f"config {path} must be a mapping of settings.")
+        defaults = {f.name: _default(f) for f in dataclasses.fields(cls)}
+        data = changed(read_settings(path), changes, defaults=defaults, closed=("targets",))
         data |= {key: value for key, value in overrides.items() if value is not None}
-        known = {f.name for f in dataclasses.fields(cls)}
-        unknown, missing = sorted(set(data) - known), {"backbone", "targets", "data"} - set(data)
+        unknown = sorted(set(data) - set(defaults))
+        missing = sorted({"backbone", "targets", "data"} - set(data))
         if unknown or missing:
             raise ValueError(
-                f"config {path}: unknown settings {unknown}, missing settings {sorted(missing)}; "
-                f"there are: {', '.join(sorted(known))}."
+                f"config {path}: unknown settings {unknown}, missing settings {missing}; "
+                f"there are: {', '.join(sorted(defaults))}."
             )
         return cls(**data)
+
+
+def _default(setting: dataclasses.Field[Any]) -> Any:
+    """What holds if a recipe leaves a setting out; an empty mapping if it must not."""
+    if setting.default_factory is not dataclasses.MISSING:
+        return setting.default_factory()
+    return {} if setting.default is dataclasses.MISSING else setting.default
+
+
+class Parts(NamedTuple):
+    """What a recipe's settings are made into, before there is a model."""
+
+    config: ElasticConfig
+    objective: LagrangianObjective
+    temperature: Callable[[int, int], float]
+    method: Baseline | None
+
+
+def parts_of(recipe: Recipe) -> Parts:
+    """Make what needs neither model nor data; raises ``ValueError`` on a setting that is wrong."""
+    with use_backend(recipe.backend):  # unknown or unavailable: said now, not after loading
+        pass
+    try:
+        temperature = temperature_schedule(**recipe.temperature)
+    except TypeError as error:
+        raise ValueError(f"temperature does not take these settings: {error}.") from None
+    try:
+        config = ElasticConfig.from_dict(recipe.elastic)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"elastic: {error}") from None
+    objective = LagrangianObjective(
+        recipe.targets, recipe.signed, recipe.multiplier_init, seed=recipe.seed
+    )
+    return Parts(config, objective, temperature, _method(recipe))
 
 
 def train(recipe: Recipe, output: str | Path, *, resume: str | Path | None = None) -> Path:
@@ -144,30 +222,32 @@ def train(recipe: Recipe, output: str | Path, *, resume: str | Path | None = Non
         Directory for checkpoints, TensorBoard logs and, in ``output/router``, the result. A static
         pattern is also in ``output/pattern``, in the format of its method.
     resume
-        A checkpoint directory of a run with the same recipe.
+        A checkpoint of a run with the same recipe; or the folder of a run, for its newest whole
+        checkpoint; or ``"auto"``: the newest in ``output``, and the start where there is none.
 
     Raises
     ------
+    FileNotFoundError
+        If there is no checkpoint to resume from.
+    FileExistsError
+        If ``output`` holds checkpoints of an earlier run, and ``resume`` is None.
     ValueError
         If a setting is wrong, or several GPUs are visible to a single process; nothing has been
         written then.
     """
-    from transformers import TrainingArguments
+    from transformers import PrinterCallback, TrainingArguments
 
     from elasticore.train.baselines import attach_gates, settle_gates
     from elasticore.train.checkpointing import checkpoint_layers
+    from elasticore.train.monitor import HistoryFile, reporters
+    from elasticore.train.processes import check_processes, from_first
     from elasticore.train.progress import Progress
-    from elasticore.train.trainer import RouterTrainer, check_processes
+    from elasticore.train.sharding import check_sharding, shard_backbone
+    from elasticore.train.slices import check_slices
+    from elasticore.train.trainer import RouterTrainer
 
     output = Path(output)
-    with use_backend(recipe.backend):  # unknown or unavailable: said now, not after loading
-        pass
-    config = ElasticConfig.from_dict(recipe.elastic)
-    objective = LagrangianObjective(
-        recipe.targets, recipe.signed, recipe.multiplier_init, seed=recipe.seed
-    )
-    temperature = temperature_schedule(**recipe.temperature)
-    method = _method(recipe)
+    config, objective, temperature, method = parts_of(recipe)
     args = TrainingArguments(
         output_dir=str(output),
         max_steps=recipe.max_steps,
@@ -185,22 +265,30 @@ def train(recipe: Recipe, output: str | Path, *, resume: str | Path | None = Non
         logging_steps=recipe.logging_steps,
         save_strategy="steps" if recipe.save_steps else "no",
         save_steps=recipe.save_steps or recipe.max_steps,
-        report_to=["tensorboard"],
+        save_total_limit=recipe.keep or None,
+        ddp_timeout=TIMEOUT,
+        eval_strategy="steps" if recipe.validation else "no",
+        eval_steps=recipe.eval_steps,
+        per_device_eval_batch_size=recipe.batch_size,
+        prediction_loss_only=True,
+        metric_for_best_model="loss" if recipe.validation else None,
+        greater_is_better=False if recipe.validation else None,
+        report_to=reporters(recipe.report_to),
         dataloader_num_workers=recipe.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
     )
     check_processes(args)  # and each process now has its own device
+    start = from_first(lambda: _start(output, resume))
+    check_sharding(recipe.sharding, args.world_size)
+    packed = recipe.packed or recipe.data.get("kind") == "packed"
+    check_slices(recipe.sequence_parallel, args.world_size, packed)
     model, tokenizer = load_backbone(recipe.backbone, recipe.dtype)
-    dataset = _dataset(recipe, tokenizer)
-    if isinstance(dataset, PackedSamples) and (
-        without := sorted(set(dataset.tasks) - set(objective.tasks))
-    ):
-        raise ValueError(
-            f"data {dataset.data.path} holds the tasks {', '.join(without)}, which have no target; "
-            f"targets name {', '.join(objective.tasks)}."
-        )
+    dataset = dataset_of(recipe, tokenizer)
+    held_out = dataset_of(recipe, tokenizer, held_out=True) if recipe.validation else None
+    for samples in (dataset, held_out):
+        check_tasks(samples, objective)
     torch.manual_seed(recipe.seed)  # of the routers' start
     if method is None:
         elasticize(model, config)
@@ -208,39 +296,51 @@ def train(recipe: Recipe, output: str | Path, *, resume: str | Path | None = Non
         attach_gates(model, config, method)
     if recipe.checkpointing:
         checkpoint_layers(model)
+    shard_backbone(model, recipe.sharding)
 
-    if args.should_save:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "recipe.json").write_text(
-            json.dumps(dataclasses.asdict(recipe), indent=2) + "\n", encoding="utf-8"
-        )
-    collator = Collator(
-        objective.tasks,
-        tokenizer.pad_token_id or 0,
-        recipe.packed or isinstance(dataset, PackedSamples),
-        recipe.reduction,
-    )
+    collator = Collator(objective.tasks, tokenizer.pad_token_id or 0, packed, recipe.reduction)
     trained = objective if method is None else method.objective()
     trainer = (RouterTrainer if method is None else method.trainer)(
         model,
         args,
         trained,  # type: ignore[arg-type]
         train_dataset=dataset,
+        eval_dataset=held_out,
         collator=collator,
         temperature=temperature,
         multiplier_lr=recipe.multiplier_lr if method is None else method.multiplier_lr,
-        callbacks=[Progress(trained.tasks)],
+        sequence_parallel=recipe.sequence_parallel,
+        callbacks=[Progress(trained.tasks), HistoryFile()],
     )
-    with use_backend(recipe.backend):
-        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     if args.should_save:
-        history = [entry for entry in trainer.state.log_history if "penalty" in entry]
-        (output / "history.json").write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "recipe.json").write_text(
+            json.dumps(dataclasses.asdict(recipe), indent=2) + "\n", encoding="utf-8"
+        )
+    trainer.remove_callback(PrinterCallback)  # Progress speaks, and not on standard output
+    with use_backend(recipe.backend):
+        trainer.train(resume_from_checkpoint=start)
+    if recipe.keep_best:
+        trainer.load_best()
+    if args.should_save:
         if method is not None:
             settle_gates(model, config, method, output / "pattern")
         save_router(model.eval(), output / "router")
     trainer.accelerator.wait_for_everyone()
     return output / "router"
+
+
+def _start(output: Path, resume: str | Path | None) -> Path | None:
+    """The checkpoint to go on from; None for a new run."""
+    if resume is not None and str(resume) != "auto":
+        return find_checkpoint(resume)
+    there = newest(output)
+    if there is not None and resume is None:
+        raise FileExistsError(
+            f"output {output} holds {there.name} of an earlier run; pass resume auto to go on from "
+            "it, or another output to start anew."
+        )
+    return there
 
 
 def _method(recipe: Recipe) -> Baseline | None:
@@ -257,18 +357,34 @@ def _method(recipe: Recipe) -> Baseline | None:
     return None
 
 
-def _dataset(recipe: Recipe, tokenizer: Any) -> Dataset[Any]:
-    settings = dict(recipe.data)
+def dataset_of(recipe: Recipe, tokenizer: Any, *, held_out: bool = False) -> Dataset[Any]:
+    """The samples of a recipe; raises ``ValueError`` if they are not as ``data`` says."""
+    name = "validation" if held_out else "data"
+    settings: dict[str, Any] = dict(getattr(recipe, name))
     kind = settings.pop("kind", None)
     try:
         if kind == "offline":
-            processes = int(os.environ.get("WORLD_SIZE", 1))
+            processes = int(os.environ.get("WORLD_SIZE", 1)) // recipe.sequence_parallel
             samples = recipe.max_steps * recipe.batch_size * recipe.accumulation * processes
-            return OfflineTasks(tokenizer, **{"samples": samples, "seed": recipe.seed, **settings})
+            defaults: dict[str, Any] = {"samples": samples, "seed": recipe.seed}
+            if held_out:
+                defaults |= {"samples": 32, "split": "heldout"}
+            return OfflineTasks(tokenizer, **{**defaults, **settings})
         if kind == "jsonl":
             return JsonLines(tokenizer=tokenizer, **settings)
         if kind == "packed":
             return PackedSamples(tokenizer=tokenizer, **settings)
     except TypeError as error:
-        raise ValueError(f"data does not take these settings: {error}.") from None
-    raise ValueError(f"data needs kind: offline, jsonl or packed, got {kind!r}.")
+        raise ValueError(f"{name} does not take these settings: {error}.") from None
+    raise ValueError(f"{name} needs kind: offline, jsonl or packed, got {kind!r}.")
+
+
+def check_tasks(dataset: Dataset[Any] | None, objective: LagrangianObjective) -> None:
+    """Raise ``ValueError`` if packed data hold a task that has no target."""
+    if isinstance(dataset, PackedSamples) and (
+        without := sorted(set(dataset.tasks) - set(objective.tasks))
+    ):
+        raise ValueError(
+            f"data {dataset.data.path} holds the tasks {', '.join(without)}, which have no target; "
+            f"targets name {', '.join(objective.tasks)}."
+        )

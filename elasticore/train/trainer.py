@@ -4,63 +4,44 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from elasticore.checks import check_number
 from elasticore.models.elastic import is_elastic, routers, routings
 from elasticore.models.files import WEIGHTS, save_router
+from elasticore.models.state import STATE
 from elasticore.router import AttentionRouter, CosineTemperature, seed_noise
 from elasticore.router.routing import model_msr
-from elasticore.train.data import Collator, TrainingSample
+from elasticore.train.data import Collator, Learnt, TrainingSample
 from elasticore.train.loss import Head, blocked_cross_entropy, hidden_states
+from elasticore.train.monitor import Meter, decision_entropy, entropy_figures
 from elasticore.train.objective import LagrangianObjective
+from elasticore.train.processes import check_processes
+from elasticore.train.resuming import ResumableTrainer
+from elasticore.train.sharding import average_routers, is_sharded
+from elasticore.train.slices import SliceCollator, check_slices, form_groups, share_batches
 
-__all__ = ["Learnt", "RouterTrainer", "check_processes"]
+__all__ = ["RouterTrainer"]
 
 OBJECTIVE = "objective.json"
 MULTIPLIERS = "multipliers.safetensors"
 
 
-@dataclass(frozen=True, eq=False)
-class Learnt:
-    """Which tokens of a batch are learnt.
-
-    Attributes
-    ----------
-    labels
-        int64 ``[learnt tokens]``.
-    weights
-        float32 ``[learnt tokens]``: what each counts for.
-    predicting
-        int64 ``[learnt tokens]``: where the token before each lies in the flattened
-        ``[rows, T]``.
-    """
-
-    labels: Tensor
-    weights: Tensor
-    predicting: Tensor
-
-    def rows(self, hidden: Tensor) -> Tensor:
-        """The hidden states ``[learnt tokens, hidden size]`` that predict them."""
-        return hidden.flatten(0, 1).index_select(0, self.predicting)
-
-
-class RouterTrainer(Trainer):
+class RouterTrainer(ResumableTrainer):
     """A :class:`transformers.Trainer` whose only parameters are the routers and the multipliers.
 
     Checkpoints hold the routers (:func:`save_router`), the multipliers and the Trainer's own
     optimizer, schedule and random states; never the backbone. Beside the usual figures it logs,
-    averaged since the last time: ``lm_loss``, ``penalty``, ``temperature``, and per task ``msr/``,
-    ``lambda1/`` and ``lambda2/``.
+    averaged since the last time: ``lm_loss``, ``penalty``, ``entropy`` (:func:`decision_entropy`;
+    also per layer), and ``msr/`` per task; as they are now, ``temperature`` and, per task,
+    ``lambda1/`` and ``lambda2/``; and what it cost (:meth:`Meter.read`).
 
     Several processes (``torchrun``, ``accelerate launch``) work on one batch together: the penalty
     is that of all their samples, and their multipliers stay the same. Their noise differs.
@@ -81,6 +62,9 @@ class RouterTrainer(Trainer):
         ``(step, max_steps) -> τ`` of the routers' sampling.
     multiplier_lr
         Learning rate of the multipliers, which ascend.
+    sequence_parallel
+        Processes that share the tokens of each batch, which must be packed. The model is attached
+        to them here: see :class:`~elasticore.models.sequence_parallel.SequenceParallel`.
     callbacks
         Further Trainer callbacks.
 
@@ -90,7 +74,8 @@ class RouterTrainer(Trainer):
         If the model is not elastic, runs other policies than this trainer's, or the multipliers
         are not finite; if several GPUs are visible to a single process.
     FloatingPointError
-        In training, if a loss is not finite; the message names the step.
+        In training, if a loss or a gradient is not finite, before the optimizer's step; the
+        message names the step and the samples.
     """
 
     policy: ClassVar[type[nn.Module]] = AttentionRouter
@@ -109,6 +94,7 @@ class RouterTrainer(Trainer):
         collator: Collator | None = None,
         temperature: Callable[[int, int], float] | None = None,
         multiplier_lr: float = 1e-3,
+        sequence_parallel: int = 1,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         if not isinstance(model, PreTrainedModel) or not is_elastic(model):
@@ -136,6 +122,10 @@ class RouterTrainer(Trainer):
         for router in routers(model):
             router.requires_grad_(True)
         collator = collator or Collator(objective.tasks)
+        check_slices(sequence_parallel, args.world_size, collator.packed)
+        self.slices = form_groups(sequence_parallel)
+        if self.slices is not None:
+            self.slices.attach(model)
         # Our columns are not arguments of the model's forward, so the Trainer must not drop them.
         args.remove_unused_columns = False
         if args.ddp_find_unused_parameters is None:
@@ -144,11 +134,13 @@ class RouterTrainer(Trainer):
         self.temperature = CosineTemperature() if temperature is None else temperature
         self.multiplier_lr = multiplier_lr
         self.reduction = collator.reduction
-        self._sums: dict[str, Tensor] = {}
+        self.meter = Meter()
         super().__init__(
             model,
             args,
-            data_collator=collator,
+            data_collator=collator
+            if self.slices is None
+            else SliceCollator(collator, self.slices.rank, self.slices.size),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             callbacks=[_EveryStep(self), *callbacks],
@@ -157,6 +149,19 @@ class RouterTrainer(Trainer):
         # micro-batches.
         self.model_accepts_loss_kwargs = True
         self.objective.share()
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """As ever, with the same batches for all processes that share a batch."""
+        return share_batches(super().get_train_dataloader(), self.slices)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """As :meth:`get_train_dataloader`."""
+        return share_batches(super().get_eval_dataloader(eval_dataset), self.slices)
+
+    def settings(self) -> dict[str, Any]:
+        """As ever, with how many processes share a batch: the order of the data depends on it."""
+        size = 1 if self.slices is None else self.slices.size
+        return super().settings() | {"sequence_parallel": size}
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW: the routers descend, the multipliers ascend."""
@@ -191,17 +196,33 @@ class RouterTrainer(Trainer):
         as a whole; ``outputs`` holds those of the last position.
         """
         inputs = dict(inputs)
+        origins = inputs.pop("origins", [])
         task_ids, labels = inputs.pop("task_ids"), inputs.pop("labels")
         weights, predicting = inputs.pop("loss_weights"), inputs.pop("predicting")
         learnt = Learnt(
             labels.flatten()[predicting + 1], weights.flatten()[predicting + 1], predicting
         )
+        here = learnt.part(*inputs.pop("slice")) if "slice" in inputs else learnt
         backbone = self._elastic()
-        lm_loss, outputs = self.fidelity(model, backbone, inputs, learnt)
+        self.note_samples(origins, model.training)
+        try:
+            lm_loss, outputs = self.fidelity(model, backbone, inputs, here)
+        except ValueError as error:  # on a CPU, a gate that is NaN is refused
+            made = getattr(backbone, STATE).routings.values()
+            if all(r.logits is None or bool(r.logits.isfinite().all()) for r in made):
+                raise
+            raise self.not_finite("a router's logits", origins) from error
+        decided = routings(backbone)
+        msr = model_msr(decided)
+        if self.slices is not None:
+            # From a slice's tokens and heads to the batch's, for gradients that DDP will average.
+            lm_loss = self.slices.mean(lm_loss * self.slices.size)
+            msr = self.slices.mean(msr)
+        if not model.training:
+            count = len(predicting) if self.reduction == "tokens" else len(task_ids)
+            self.validation.add(lm_loss, count, msr, task_ids)
         # Processes may have different numbers of batches in evaluation: none waits for another.
-        penalty, task_msr, count = self.objective(
-            model_msr(routings(backbone)), task_ids, all_processes=model.training
-        )
+        penalty, task_msr, count = self.objective(msr, task_ids, all_processes=model.training)
         # In a step of several micro-batches, what this one adds to their mean.
         accumulating = model.training and num_items_in_batch is not None
         steps = self.current_gradient_accumulation_steps if accumulating else 1
@@ -209,15 +230,18 @@ class RouterTrainer(Trainer):
         penalty = penalty / steps
         loss = lm_loss + penalty
         if not bool(torch.isfinite(loss)):
-            raise FloatingPointError(
-                f"the loss is not finite at step {self.state.global_step}: {self.fidelity_name} "
-                f"{lm_loss.item():g}, penalty {penalty.item():g}. Lower the learning rates, or "
-                "look for bad samples; the last checkpoint is intact."
+            raise self.not_finite(
+                f"the loss ({self.fidelity_name} {lm_loss.item():g}, penalty {penalty.item():g})",
+                origins,
             )
         if model.training:
-            self._add(self.fidelity_name, lm_loss, 1 / steps)
-            self._add("penalty", penalty, 1 / steps)
-            self._add("msr", task_msr.nan_to_num() * count, count)
+            self.meter.add(self.fidelity_name, lm_loss, 1 / steps)
+            self.meter.add("penalty", penalty, 1 / steps)
+            self.meter.add("msr", task_msr.nan_to_num() * count, count)
+            entropy = decision_entropy(decided)
+            if entropy is not None:
+                self.meter.add("entropy", entropy * len(task_ids), len(task_ids))
+            self.meter.count(inputs, len(here.labels))
         return (loss, outputs) if return_outputs else loss
 
     def fidelity(
@@ -285,24 +309,24 @@ class RouterTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add our own figures to what the Trainer logs during training."""
-        if "loss" in logs and self._sums:
-            means = {}
-            for name, total in self._sums.items():
-                total = self.accelerator.reduce(total, "mean")
-                means[name] = total[0] / total[1]
-            self._sums = {}
+        if "loss" in logs and self.meter:
+            means, costs = self.meter.read(self.args.device, self.accelerator.reduce)
             shares = means.pop("msr").tolist()
+            if "entropy" in means:
+                logs |= entropy_figures(means.pop("entropy"))
             logs |= {name: float(mean) for name, mean in means.items()}
-            logs |= self.figures() | self.objective.figures()
+            logs |= self.figures() | self.objective.figures() | costs
             for task, share in zip(self.objective.tasks, shares, strict=True):
                 if not math.isnan(share):  # 0 / 0 if the task was absent
                     logs[f"msr/{task}"] = share
         super().log(logs, start_time)
 
-    def _add(self, name: str, value: Tensor, weight: Tensor | float) -> None:
-        value = value.detach().float()
-        pair = torch.stack([value, torch.as_tensor(weight, device=value.device).expand_as(value)])
-        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> Any:
+        wrapped = super()._wrap_model(model, training, dataloader)
+        if training and wrapped is self.model and is_sharded(wrapped):
+            # accelerate would: it does so for whole models, and refuses one in shards.
+            return average_routers(wrapped, **self.accelerator.ddp_handler.to_kwargs())
+        return wrapped
 
     def _elastic(self) -> PreTrainedModel:
         return self.accelerator.unwrap_model(self.model)
@@ -310,8 +334,10 @@ class RouterTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         from safetensors.torch import save_file
 
-        folder = Path(output_dir or self.args.output_dir or ".")
         self.objective.check()
+        if not self.args.should_save:  # newer Trainers ask every process
+            return
+        folder = Path(output_dir or self.args.output_dir or ".")
         self.save_policies(folder)
         tensors = {n: p.detach().cpu() for n, p in self.objective.named_parameters()}
         save_file(tensors, folder / MULTIPLIERS)
@@ -347,36 +373,13 @@ class _EveryStep(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.world_size > 1:  # the Trainer has seeded all processes alike
             seed_noise(args.seed, args.process_index)
+        self.trainer.meter.start()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.meter.steps += 1
         self.trainer.objective.zero_grad()  # the Trainer clears those of the model only
         self.trainer.objective.check()
         self.trainer.before_step(state.global_step, state.max_steps)
-
-
-def check_processes(args: TrainingArguments) -> None:
-    """Raise unless every process has one device, and knows of the others.
-
-    Raises
-    ------
-    ValueError
-        If the Trainer would copy the model to several GPUs of this one process, or a launcher has
-        started processes that each would train alone; the message says what to do.
-    """
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if args.world_size != launched:
-        raise ValueError(
-            f"args has world_size {args.world_size}, but a launcher has started {launched} "
-            "processes, which would all train alone. Without GPUs, pass use_cpu=True and set "
-            "ACCELERATE_USE_CPU=true."
-        )
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"args sees {args.n_gpu} GPUs in one process, for which the Trainer uses "
-            "nn.DataParallel; its copies of the model lose the routing. Start a process per GPU, "
-            f"with torchrun --nproc-per-node {args.n_gpu} or accelerate launch, or show this one a "
-            "single GPU with CUDA_VISIBLE_DEVICES=0."
-        )
 
 
 def load_layers(model: PreTrainedModel, file: Path) -> None:

@@ -184,7 +184,8 @@ def test_packed_rows_make_the_batch_that_their_samples_make(tmp_path: Path) -> N
         together, apart = collator(rows), collator([one for row in rows for one in row])
         assert together.keys() == apart.keys()
         assert all(
-            torch.equal(torch.as_tensor(together[k]), torch.as_tensor(apart[k])) for k in apart
+            torch.equal(torch.as_tensor(together[k]), torch.as_tensor(apart[k]))
+            for k in set(apart) - {"origins"}
         )
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -17,7 +19,8 @@ from elasticore.data import TokenSequence
 from elasticore.data.encoding import fingerprint
 from elasticore.data.layouts import Header
 from elasticore.data.writer import PackedWriter
-from elasticore.train import Recipe, train
+from elasticore.train import LagrangianObjective, Recipe, train
+from elasticore.train.validation import Measured
 
 
 @pytest.fixture
@@ -149,6 +152,9 @@ def test_tasks_of_packed_data_without_a_target_are_named(backbone: Path, tmp_pat
         ({"dtype": "int8"}, "dtype"),
         ({"backend": "magic"}, "backend"),
         ({"backbone": "/nowhere/at/all"}, "/nowhere/at/all"),
+        ({"keep": -1}, "keep"),
+        ({"keep_best": True}, "keep_best needs validation"),
+        ({"validation": {"kind": "magic"}}, "validation needs kind"),
     ],
 )
 def test_bad_settings_end_before_anything_is_written(
@@ -172,3 +178,71 @@ def test_a_file_that_is_no_recipe(tmp_path: Path) -> None:
     (tmp_path / "short.yaml").write_text("backbone: x\n")
     with pytest.raises(ValueError, match=r"missing settings \['data', 'targets'\]"):
         Recipe.load(tmp_path / "short.yaml")
+
+
+def checkpoints(run: Path) -> list[str]:
+    return sorted(path.name for path in run.glob("checkpoint-*"))
+
+
+def test_resume_takes_a_checkpoint_a_run_or_the_newest(backbone: Path, tmp_path: Path) -> None:
+    recipe = Recipe.load(write(tmp_path, settings(backbone, max_steps=3, save_steps=1, keep=2)))
+    run = tmp_path / "run"
+    whole = (train(recipe, run, resume="auto") / "router.safetensors").read_bytes()
+    assert checkpoints(run) == ["checkpoint-2", "checkpoint-3"]
+    for resume in ("auto", run, run / "checkpoint-2"):
+        shutil.rmtree(run / "checkpoint-3")
+        shutil.rmtree(run / "router")
+        assert (train(recipe, run, resume=resume) / "router.safetensors").read_bytes() == whole
+        assert len(json.loads((run / "history.json").read_text())) == 3
+
+
+def test_a_new_run_does_not_mix_with_an_earlier_one(backbone: Path, tmp_path: Path) -> None:
+    recipe = Recipe.load(write(tmp_path, settings(backbone, max_steps=1, save_steps=1)))
+    train(recipe, tmp_path / "run")
+    with pytest.raises(FileExistsError, match="holds checkpoint-1 of an earlier run; pass resume"):
+        train(recipe, tmp_path / "run")
+
+
+def validated(backbone: Path, **changes: Any) -> dict[str, Any]:
+    made = settings(backbone, max_steps=4, eval_steps=1, keep=1, router_lr=0.5, **changes)
+    return {**made, "validation": made["data"], "multiplier_init": [5.0, 5.0]}
+
+
+def test_the_best_checkpoint_is_kept_and_becomes_the_result(backbone: Path, tmp_path: Path) -> None:
+    recipe = Recipe.load(write(tmp_path, validated(backbone, save_steps=4, keep_best=True)))
+    router = train(recipe, tmp_path / "run")
+    state = json.loads((tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text())
+    best = tmp_path / "run" / f"checkpoint-{state['best_global_step']}"
+    assert best.name != "checkpoint-4"  # its lm_loss is the lowest, but it misses the target
+    assert checkpoints(tmp_path / "run") == sorted([best.name, "checkpoint-4"])
+    assert (router / "router.safetensors").read_bytes() == (
+        best / "router.safetensors"
+    ).read_bytes()
+    seen = [entry for entry in state["log_history"] if "eval_loss" in entry]
+    assert [entry["step"] for entry in seen] == [1, 2, 3, 4]
+    for entry in seen:
+        assert entry["eval_loss"] == entry["eval_lm_loss"] + entry["eval_penalty"]
+        assert 0 <= entry["eval_msr/qa"] <= 1
+
+
+def test_validating_does_not_change_what_is_learnt(backbone: Path, tmp_path: Path) -> None:
+    with_it = validated(backbone)
+    without = {k: v for k, v in with_it.items() if k != "validation"}
+    results = []
+    for name, content in (("with", with_it), ("without", without)):
+        folder = train(Recipe.load(write(tmp_path, content)), tmp_path / name)
+        results.append((folder / "router.safetensors").read_bytes())
+    assert results[0] == results[1]
+
+
+def test_two_moments_are_compared_under_the_same_multipliers() -> None:
+    objective = LagrangianObjective({"qa": 0.5}, init=(1.0, 1.0), seed=0)
+    ids = torch.zeros(2, dtype=torch.int64)
+    far = Measured(1.0, torch.tensor([0.0, 0.0]), ids)
+    near = Measured(1.5, torch.tensor([0.5, 0.5]), ids)
+    assert far.score(objective) == pytest.approx(1.0 + 0.5 + 0.25)
+    assert near.score(objective) == 1.5
+    assert near.score(objective) < far.score(objective)
+    objective.lambda1.data.fill_(0.1)
+    objective.lambda2.data.fill_(0.1)
+    assert far.score(objective) < near.score(objective)
