@@ -42,7 +42,16 @@ _EXPORTS = {
         "save_router",
     ),
     "elasticore.models.recording": ("Pass", "Trace", "record"),
-    "elasticore.patterns": ("BlockLists", "BlockSelector", "Streaming", "XAttention"),
+    "elasticore.patterns": (
+        "BlockLists",
+        "BlockSelector",
+        "InfLLMV2",
+        "MoBA",
+        "NSASelected",
+        "Streaming",
+        "TriangleMix",
+        "XAttention",
+    ),
     "elasticore.patterns.registry": ("register_selector",),
     "elasticore.plan": ("HeadMode", "HeadPlan"),
     "elasticore.router": (

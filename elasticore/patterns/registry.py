@@ -7,14 +7,24 @@ import functools
 import importlib.metadata
 from typing import Any
 
+from elasticore.patterns.infllm import InfLLMV2
+from elasticore.patterns.moba import MoBA
+from elasticore.patterns.nsa import NSASelected
 from elasticore.patterns.selector import BlockSelector
+from elasticore.patterns.trianglemix import TriangleMix
 from elasticore.patterns.xattention import XAttention
 
 __all__ = ["register_selector", "selector_from_dict", "selector_to_dict"]
 
 ENTRY_POINTS = "elasticore.selectors"
 
-_SELECTORS: dict[str, type[BlockSelector]] = {"xattention": XAttention}
+_SELECTORS: dict[str, type[BlockSelector]] = {
+    "infllm-v2": InfLLMV2,
+    "moba": MoBA,
+    "nsa-selected": NSASelected,
+    "trianglemix": TriangleMix,
+    "xattention": XAttention,
+}
 
 
 def register_selector(name: str, selector: type[BlockSelector]) -> None:

@@ -132,7 +132,7 @@ def test_a_selector_that_does_not_fit_the_blocks_is_refused() -> None:
     [
         ({"wings": 2, "sink": 128}, ValueError, "unknown settings wings; there are: block_size"),
         ([], TypeError, "dict of settings, got list"),
-        ({"selector": {"name": "moba"}}, ValueError, "selector 'moba' is unknown"),
+        ({"selector": {"name": "mamba"}}, ValueError, "selector 'mamba' is unknown"),
         ({"selector": {}}, ValueError, "selector None is unknown"),
         (
             {"selector": {"name": "xattention", "wings": 2}},

@@ -1,0 +1,184 @@
+"""Pictures of the analyses; that of routing frequencies is in `elasticore.eval.plots`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from elasticore.eval.analysis.retrieval import RetrievalScores
+from elasticore.eval.analysis.similarity import Activations, task_similarity
+from elasticore.eval.analysis.sparsification import Step
+
+__all__ = ["retrieval_picture", "similarity_picture", "sparsification_picture"]
+
+_COLOURS = ("#c0392b", "#2e6da4", "#5d8a66", "#8e7cc3", "#d4ac0d", "#999999", "#e59866", "#1b3f60")
+
+
+def _pyplot() -> Any:
+    from elasticore.bench.plots import need_matplotlib
+
+    need_matplotlib()
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _save(figure: Any, path: str | Path) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    _pyplot().close(figure)
+    return path
+
+
+def retrieval_picture(scores: RetrievalScores, path: str | Path, *, title: str = "") -> Path:
+    """Draw the retrieval scores: layers × query heads, and all heads in falling order beside.
+
+    Parameters
+    ----------
+    scores
+        What to draw.
+    path
+        Where the picture goes; its suffix is the format.
+    title
+        Text above.
+    """
+    plt = _pyplot()
+    table = np.asarray(scores.heads)
+    figure, (heat, curve) = plt.subplots(
+        1,
+        2,
+        figsize=(3.4 + 0.22 * table.shape[1] + 3.4, 1.4 + max(2.2, 0.22 * table.shape[0])),
+        width_ratios=(1.2, 1),
+        layout="constrained",
+    )
+    image = heat.imshow(table, vmin=0, cmap="Reds", aspect="auto")
+    heat.set_xlabel("query head")
+    heat.set_ylabel("layer")
+    _sparse_ticks(heat, [str(layer) for layer in scores.layers], "y")
+    _sparse_ticks(heat, [str(head) for head in range(table.shape[1])], "x")
+    bar = figure.colorbar(image, ax=heat, shrink=0.8)
+    bar.outline.set_visible(False)
+    bar.set_label("attention on the evidence", fontsize=8)
+    for edge in heat.spines.values():
+        edge.set_visible(False)
+    ranked = np.sort(table.ravel())[::-1]
+    curve.plot(np.arange(1, ranked.size + 1), ranked, color=_COLOURS[0], marker="o", markersize=2)
+    curve.set_xlabel("rank of the head")
+    curve.set_ylabel("score")
+    curve.set_ylim(bottom=0)
+    curve.grid(alpha=0.3)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    return _save(figure, path)
+
+
+def sparsification_picture(
+    steps: Sequence[Step],
+    path: str | Path,
+    *,
+    sensitive: Mapping[str, bool] | None = None,
+    title: str = "",
+) -> Path:
+    """Draw what each task keeps over the share of sparse heads, as in Figure 2.
+
+    Parameters
+    ----------
+    steps
+        What to draw. Tasks without any score at Ω_MSR = 0 have nothing to keep and are left out.
+    path
+        Where the picture goes; its suffix is the format.
+    sensitive
+        Per task, whether it is sparsity-sensitive: the others are dashed.
+    title
+        Text above.
+
+    Raises
+    ------
+    ValueError
+        If no task has anything to keep.
+    """
+    tasks = dict.fromkeys(step.task for step in steps if not np.isnan(step.retention))
+    if not tasks:
+        raise ValueError("steps must hold a task with a score above 0 where no head is sparse.")
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(5.6, 3.6), layout="constrained")
+    for i, task in enumerate(tasks):
+        points = [(step.msr, step.retention) for step in steps if step.task == task]
+        robust = sensitive is not None and not sensitive.get(task, True)
+        axis.plot(
+            *zip(*points, strict=True),
+            color=_COLOURS[i % len(_COLOURS)],
+            linestyle="--" if robust else "-",
+            marker="o",
+            markersize=3,
+            label=task,
+        )
+    axis.set_xlabel("Ω_MSR, the share of sparse heads")
+    axis.set_ylabel("% of the score with full attention")
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    if title:
+        axis.set_title(title, fontsize=11)
+    return _save(figure, path)
+
+
+def similarity_picture(activations: Activations, path: str | Path, *, title: str = "") -> Path:
+    """Draw the tasks' similarity before and after the task MLP: plain cosines, and rescaled ones.
+
+    Parameters
+    ----------
+    activations
+        What to compare.
+    path
+        Where the picture goes; its suffix is the format.
+    title
+        Text above.
+    """
+    plt = _pyplot()
+    tasks = list(activations.before)
+    size = 1.5 + 0.55 * len(tasks)
+    figure, axes = plt.subplots(
+        2, 2, figsize=(2 * size + 1.2, 2 * size), sharex=True, sharey=True, layout="constrained"
+    )
+    for row, rescaled in zip(axes, (False, True), strict=True):
+        for axis, (place, vectors) in zip(row, activations._asdict().items(), strict=True):
+            matrix = task_similarity(vectors, rescaled=rescaled)
+            image = _matrix(axis, matrix, tasks)
+            kind = "rescaled (Eq. 16)" if rescaled else "cosine"
+            axis.set_title(f"{place} the task MLP, {kind}", fontsize=9)
+    bar = figure.colorbar(image, ax=axes.ravel().tolist(), shrink=0.6)
+    bar.outline.set_visible(False)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    return _save(figure, path)
+
+
+def _matrix(axis: Any, matrix: Tensor, tasks: list[str]) -> Any:
+    table = np.asarray(matrix)
+    image = axis.imshow(table, vmin=-1, vmax=1, cmap="RdBu_r")
+    axis.set_xticks(range(len(tasks)), tasks, rotation=45, ha="right", fontsize=8)
+    axis.set_yticks(range(len(tasks)), tasks, fontsize=8)
+    axis.tick_params(length=0)
+    for (i, j), value in np.ndenumerate(table):
+        colour = "white" if abs(value) > 0.6 else "black"
+        axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
+    for edge in axis.spines.values():
+        edge.set_visible(False)
+    return image
+
+
+def _sparse_ticks(axis: Any, labels: list[str], which: str) -> None:
+    """At most about a dozen labels, so that large models stay readable."""
+    every = max(1, len(labels) // 12)
+    places = range(0, len(labels), every)
+    getattr(axis, f"set_{which}ticks")(places, labels[::every], fontsize=8)
+    axis.tick_params(length=0)

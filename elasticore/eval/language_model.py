@@ -1,0 +1,136 @@
+"""A Hugging Face model for lm-evaluation-harness that keeps what every request cost."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from elasticore.eval.journal import Journal, key
+from elasticore.eval.measuring import Measures, measured
+
+__all__ = ["ElasticLM"]
+
+
+class ElasticLM(HFLM):
+    """Answers the harness's generation requests, the longest first, and writes each one down.
+
+    Parameters
+    ----------
+    model, tokenizer
+        A causal language model, elastic or not, and its tokenizer.
+    journal
+        Where answers go, each as soon as its batch is done. What is there already is not asked
+        again, so an interrupted evaluation goes on where it stopped.
+    batch_size
+        Prompts of a batch; they are padded on the left.
+    max_length
+        Tokens of the longest prompt with its answer; None means what the model's positions allow.
+    progress
+        Wraps the batches, for a progress bar.
+    settings
+        Of :class:`lm_eval.models.huggingface.HFLM`, as ``enable_thinking``.
+
+    Raises
+    ------
+    ValueError
+        In a request for loglikelihoods, which would route answers together with their prompts.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        journal: Journal,
+        *,
+        batch_size: int = 1,
+        max_length: int | None = None,
+        progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
+        **settings: Any,
+    ) -> None:
+        super().__init__(
+            pretrained=model,
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            max_length=max_length,
+            backend="causal",
+            **settings,
+        )
+        self.journal = journal
+        self.progress = progress
+        self._measures: list[Measures] = []
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Answers in the order of ``requests``."""
+        todo = [request for request in requests if key(request) not in self.journal]
+        for batch in self.progress(list(self._batches(todo))):
+            order = _Order()
+            self.cache_hook = order
+            answers = super().generate_until(batch, disable_tqdm=True)
+            # The harness answers in its own order, and tells the hook; equal prompts are alike.
+            places = order.places([request.args[0] for request in batch])
+            for request, answer, place in zip(batch, answers, places, strict=True):
+                self.journal.add(request, answer, self._measures[place])
+        return [self.journal[key(request)].answer for request in requests]
+
+    def _batches(self, requests: list[Instance]) -> Iterator[list[Instance]]:
+        """Requests with the same settings, by falling length, so that too long ones fail first."""
+        first = str(self.tokenizer.bos_token or "\0")
+
+        def settings(request: Instance) -> str:
+            # The harness looks for a first token in the first prompt of a batch, and for the rest
+            # takes it as read: chat templates write one, plain prompts do not.
+            prompt, generation = request.args
+            return repr((prompt.startswith(first), sorted(generation.items())))
+
+        sizes = {id(r): len(self.tok_encode(r.args[0])) for r in requests}
+        ordered = sorted(requests, key=lambda r: (settings(r), -sizes[id(r)]))
+        for _, alike in groupby(ordered, settings):
+            group = list(alike)
+            for start in range(0, len(group), self.batch_size):
+                yield group[start : start + self.batch_size]
+
+    def _model_generate(
+        self, context: Tensor, max_length: int, stop: list[str], **settings: Any
+    ) -> Tensor:
+        with measured(self.model) as batch:
+            out: Tensor = super()._model_generate(context, max_length, stop, **settings)
+        lengths = settings["attention_mask"].sum(1)
+        new = out[:, context.shape[1] :]
+        padding = self.tokenizer.pad_token_id
+        # A row that ends before its batch is filled up with padding.
+        counts = [max(1, int((row != padding).sum())) for row in new]
+        self._measures = batch.rows(lengths, counts)
+        return out
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> Any:
+        """Refused: see the class."""
+        raise ValueError(
+            f"task {requests[0].task_name} scores loglikelihoods, in which the routers would see "
+            "the answer together with the prompt; use a task whose answers are generated."
+        )
+
+    loglikelihood_rolling = loglikelihood
+
+
+class _Order:
+    """Stands where the harness has its cache, and notes in which order it has answered."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, list[int]] = defaultdict(list)
+        self._count = 0
+
+    def add_partial(self, name: str, request: tuple[str, Any], answer: str) -> None:
+        """Called by the harness for every row of a batch."""
+        self._rows[request[0]].append(self._count)
+        self._count += 1
+
+    def places(self, prompts: list[str]) -> list[int]:
+        """The row of the batch that each prompt had."""
+        return [self._rows[prompt].pop(0) for prompt in prompts]

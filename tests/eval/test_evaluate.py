@@ -1,0 +1,189 @@
+"""An evaluation end to end: every method, resumed, in batches, and what it says of bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("lm_eval", reason="pip install 'elasticore[eval]'")
+
+from lm_eval.api.instance import Instance
+from typer.testing import CliRunner
+
+from elasticore.assets import tiny
+from elasticore.cli import app
+from elasticore.eval.evaluate import Evaluation, evaluate
+from elasticore.eval.journal import Journal
+from elasticore.eval.language_model import ElasticLM
+from elasticore.eval.methods import Method
+from elasticore.eval.report import read_report
+from elasticore.models.elastic import is_elastic
+from elasticore.models.loading import load_backbone
+
+STREAMING = "streaming:sink=32,local=64,block_size=32"
+ROUTER = f"ours=router:path={tiny() / 'router'}"
+
+
+@pytest.fixture(scope="module")
+def loaded() -> tuple[Any, Any]:
+    return load_backbone("tiny", "float32")
+
+
+def request(number: int, prompt: str, tokens: int = 5) -> Instance:
+    settings = {"until": ["\n\n"], "do_sample": False, "max_gen_toks": tokens}
+    return Instance("generate_until", {}, (prompt, settings), 0, ("task", number, 1))
+
+
+PROMPTS = [
+    "import os\nimport",
+    "def double(x):\n    return",
+    "The quick brown",
+    "class A:\n    def",
+]
+REQUESTS = [request(i, prompt) for i, prompt in enumerate(PROMPTS)]
+
+
+@pytest.mark.parametrize("method", ["full", STREAMING, ROUTER])
+def test_a_batch_answers_as_single_requests_do(
+    method: str, loaded: tuple[Any, Any], tmp_path: Path
+) -> None:
+    model, tokenizer = loaded
+    seen = []
+    with Method.parse(method).on(model):
+        for size in (1, 4):
+            journal = Journal(tmp_path / f"{size}.jsonl")
+            answers = ElasticLM(model, tokenizer, journal, batch_size=size).generate_until(REQUESTS)
+            costs = [
+                (one.document, one.measures.prompt_tokens, one.measures.msr, one.measures.decisions)
+                for one in sorted(journal.entries(), key=lambda one: one.document)
+            ]
+            seen.append((answers, costs))
+    assert seen[0] == seen[1]
+    assert not is_elastic(model)
+    lengths = [len(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS]
+    assert [one[1] for one in seen[0][1]] == lengths
+
+
+def test_only_what_is_not_answered_is_asked(
+    loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = loaded
+    path = tmp_path / "answers.jsonl"
+    whole = ElasticLM(model, tokenizer, Journal(path)).generate_until(REQUESTS)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:2]) + lines[2][:40])  # killed while it wrote the third
+    asked = []
+    generate = ElasticLM._model_generate
+
+    def counted(self: Any, context: Any, *rest: Any, **settings: Any) -> Any:
+        asked.append(context.shape[0])
+        return generate(self, context, *rest, **settings)
+
+    monkeypatch.setattr(ElasticLM, "_model_generate", counted)
+    assert ElasticLM(model, tokenizer, Journal(path)).generate_until(REQUESTS) == whole
+    assert asked == [1, 1]
+    assert len(Journal(path)) == 4
+    # Another way to generate is another request.
+    ElasticLM(model, tokenizer, Journal(path)).generate_until([request(0, PROMPTS[0], tokens=3)])
+    assert asked == [1, 1, 1]
+
+
+def test_a_broken_journal_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    path.write_text('{"key": "of another version"}\n{"key": "x"}\n')
+    with pytest.raises(ValueError, match=r"answers.jsonl line 1 is no answer of this version"):
+        Journal(path)
+
+
+def test_loglikelihoods_are_refused(loaded: tuple[Any, Any], tmp_path: Path) -> None:
+    lm = ElasticLM(*loaded, Journal(tmp_path / "answers.jsonl"))
+    with pytest.raises(ValueError, match="task task scores loglikelihoods"):
+        lm.loglikelihood(REQUESTS[:1])
+
+
+def test_an_evaluation_and_its_report(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    evaluation = Evaluation(
+        "tiny",
+        ("offline:vt",),
+        (STREAMING, ROUTER),
+        lengths=(640,),
+        samples=2,
+        dtype="float32",
+        batch_size=2,
+    )
+    evaluate(evaluation, out)
+    rows = [json.loads(line) for line in (out / "ours" / "samples.jsonl").open(encoding="utf-8")]
+    assert [row["document"] for row in rows] == [0, 1]
+    assert all(0 < row["msr"] < 1 and row["backend"] and row["target"] for row in rows)
+    found = read_report([out])
+    assert found.columns[:3] == ("method", "offline-640-vt", "offline-640")
+    streaming, ours = found.rows
+    assert streaming[0] == "streaming-sink=32-local=64-block_size=32" and ours[0] == "ours"
+    place = found.columns.index("Ω_MSR")
+    assert streaming[place] == 1.0
+    assert ours[place] == pytest.approx(sum(row["msr"] for row in rows) / 2)
+    assert found.as_text("csv").splitlines()[0].startswith("method,offline-640-vt,offline-640,")
+    assert found.as_text("markdown").splitlines()[1].startswith("| --- | --: |")
+    assert r"\begin{tabular}{lrrrrr}" in found.as_text("latex")
+    assert read_report([out], groups_only=True).columns[1] == "offline-640"
+    # The same again asks nothing; other settings are another evaluation's.
+    before = (out / "ours" / "answers.jsonl").read_bytes()
+    evaluate(evaluation, out)
+    assert (out / "ours" / "answers.jsonl").read_bytes() == before
+    with pytest.raises(ValueError, match=r"holds another evaluation \(differs in lengths\)"):
+        evaluate(dataclasses.replace(evaluation, lengths=(700,)), out)
+    shown = CliRunner().invoke(app, ["eval", "report", str(out), "--json"])
+    assert [row["method"] for row in json.loads(shown.stdout)] == [streaming[0], "ours"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--tasks", "ruler", "--data", "nowhere"], "is missing"),
+        (["--tasks", "loogle"], "tasks name the unknown suite 'loogle'"),
+        (["--tasks", "offline:nothing"], "task='nothing' is unknown"),
+        (["--lengths", "64k"], "exceed the 4096 positions of tiny"),
+        (["--lengths", "long"], "lengths must be a count such as 8192, 8k or 700m, got 'long'"),
+        (["--method", "mamba"], "selector 'mamba' is unknown"),
+        (["--method", "streaming:treshold=1"], "method streaming has no settings treshold"),
+        (["--method", "router"], "method router needs path=DIRECTORY"),
+        (["--method", "full", "--method", "full"], "call each by one of its own"),
+        (["--method", "x=full:a=1,b"], "method 'x=full:a=1,b' must be"),
+    ],
+)
+def test_bad_input_ends_in_one_line(arguments: list[str], said: str, tmp_path: Path) -> None:
+    options = ["--dtype", "float32", "--samples", "1", "--output", str(tmp_path / "run")]
+    result = CliRunner().invoke(app, ["eval", "--model", "tiny", *options, *arguments])
+    assert result.exit_code == 2
+    assert said in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "settings"),
+    [
+        ("full", "full", {}),
+        ("xattention:threshold=0.95", "xattention", {"threshold": 0.95}),
+        ("router:path=runs/a=b", "router", {"path": "runs/a=b"}),
+        ("late=trianglemix:local=256,from_layer=2", "trianglemix", {"local": 256, "from_layer": 2}),
+    ],
+)
+def test_methods_are_read(text: str, kind: str, settings: dict[str, Any]) -> None:
+    method = Method.parse(text)
+    assert (method.kind, method.settings) == (kind, settings)
+    assert "/" not in method.name
+
+
+def test_a_selectors_own_settings_are_its_own(loaded: tuple[Any, Any]) -> None:
+    model, _ = loaded
+    with Method.parse("trianglemix:sink=64,local=256,last=64,block_size=64,from_layer=6").on(model):
+        from elasticore.models.elastic import routers
+
+        config = model._elasticore.config
+        assert (config.selector.sink, config.selector.local, config.block_size) == (64, 256, 64)
+        sparse = [int(policy.decisions.sum()) for policy in routers(model)]
+        assert sparse == [0] * 6 + [4] * 2
