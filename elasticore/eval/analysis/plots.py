@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from elasticore.drawing import pyplot, save
 from elasticore.eval.analysis.retrieval import RetrievalScores
 from elasticore.eval.analysis.similarity import Activations, task_similarity
 from elasticore.eval.analysis.sparsification import Step
@@ -16,26 +17,6 @@ from elasticore.eval.analysis.sparsification import Step
 __all__ = ["retrieval_picture", "similarity_picture", "sparsification_picture"]
 
 _COLOURS = ("#c0392b", "#2e6da4", "#5d8a66", "#8e7cc3", "#d4ac0d", "#999999", "#e59866", "#1b3f60")
-
-
-def _pyplot() -> Any:
-    from elasticore.bench.plots import need_matplotlib
-
-    need_matplotlib()
-    import matplotlib
-
-    matplotlib.use("Agg", force=False)
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def _save(figure: Any, path: str | Path) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    _pyplot().close(figure)
-    return path
 
 
 def retrieval_picture(scores: RetrievalScores, path: str | Path, *, title: str = "") -> Path:
@@ -50,7 +31,7 @@ def retrieval_picture(scores: RetrievalScores, path: str | Path, *, title: str =
     title
         Text above.
     """
-    plt = _pyplot()
+    plt = pyplot()
     table = np.asarray(scores.heads)
     figure, (heat, curve) = plt.subplots(
         1,
@@ -77,7 +58,7 @@ def retrieval_picture(scores: RetrievalScores, path: str | Path, *, title: str =
     curve.grid(alpha=0.3)
     if title:
         figure.suptitle(title, fontsize=11)
-    return _save(figure, path)
+    return save(figure, Path(path), 150)
 
 
 def sparsification_picture(
@@ -108,7 +89,7 @@ def sparsification_picture(
     tasks = dict.fromkeys(step.task for step in steps if not np.isnan(step.retention))
     if not tasks:
         raise ValueError("steps must hold a task with a score above 0 where no head is sparse.")
-    plt = _pyplot()
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(5.6, 3.6), layout="constrained")
     for i, task in enumerate(tasks):
         points = [(step.msr, step.retention) for step in steps if step.task == task]
@@ -128,7 +109,7 @@ def sparsification_picture(
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     if title:
         axis.set_title(title, fontsize=11)
-    return _save(figure, path)
+    return save(figure, Path(path), 150)
 
 
 def similarity_picture(activations: Activations, path: str | Path, *, title: str = "") -> Path:
@@ -143,7 +124,7 @@ def similarity_picture(activations: Activations, path: str | Path, *, title: str
     title
         Text above.
     """
-    plt = _pyplot()
+    plt = pyplot()
     tasks = list(activations.before)
     size = 1.5 + 0.55 * len(tasks)
     figure, axes = plt.subplots(
@@ -159,7 +140,7 @@ def similarity_picture(activations: Activations, path: str | Path, *, title: str
     bar.outline.set_visible(False)
     if title:
         figure.suptitle(title, fontsize=11)
-    return _save(figure, path)
+    return save(figure, Path(path), 150)
 
 
 def _matrix(axis: Any, matrix: Tensor, tasks: list[str]) -> Any:
