@@ -49,9 +49,9 @@ napoleon_preprocess_types = False
 # The pages are built without inventories of other projects, so names that are theirs stay text. So
 # do the words of types such as "int64, shape (length,)", and names that start with an underscore.
 nitpick_ignore_regex = [
-    ("py:.*", r"(torch|nn|np|numpy|npt|transformers|tokenizers)\..*"),
+    ("py:.*", r"(torch|nn|np|numpy|npt|transformers|tokenizers|lm_eval)\..*"),
     ("py:.*", r"(abc|collections\.abc|contextvars|dataclasses|enum|pathlib|random|typing)(\..*)?"),
-    ("py:class", r"Tensor|NDArray|Path|PreTrainedTokenizerBase|Tokens|Tokenizer"),
+    ("py:class", r"Tensor|NDArray|Path|PreTrainedTokenizerBase|Tokens|Tokenizer|TrainingArguments|\w+Config"),
     ("py:class", r"[^A-Z.]*"),
     ("py:class", r".*\.(Model|Item|Prepared|Made)|LayerState"),
     ("py:.*", r"(.*\.)?_\w+"),

@@ -128,7 +128,7 @@ def make_ruler_sample(
         At least 0. The two splits draw from different streams and different spaces.
     split : {"heldout", "train"}
         Which documents, words, names and numbers to use.
-    depths : sequence of float, optional
+    depths : Sequence[float], optional
         Where in the text each line of evidence goes, from 0 to 1; at random by default.
     template : mapping, optional
         Write the prompt with the tokenizer's chat template and these options of it, such as

@@ -63,7 +63,7 @@ class Conversion:
     config
         Our settings.
     base_model
-        The backbone's :func:`fingerprint`.
+        The backbone's fingerprint.
     layers
         Layers with a router.
     mapped

@@ -65,7 +65,7 @@ Model = TypeVar("Model", bound=nn.Module)
 class GatePrice(nn.Module):
     """DuoAttention's regularisation: ``weight`` times the mean gate (Eqs. 3 and 4).
 
-    The paper sums |α|; its code, as here, takes the mean, so that the weight does not depend on the
+    The paper sums ``|α|``; its code, as here, takes the mean, so that the weight does not depend on the
     number of heads.
 
     Parameters

@@ -1,6 +1,6 @@
 """Checkpoint folders: under their name only when they are whole, and checked before they are used.
 
-A checkpoint is written into :data:`PARTIAL` beside it, listed in :data:`MANIFEST` with the size and
+A checkpoint is written into ``.partial`` beside it, listed in ``checkpoint.json`` with the size and
 CRC-32 of every file, flushed to the disk, and renamed. What is killed on the way leaves no folder
 that could be taken for a checkpoint.
 """
