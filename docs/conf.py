@@ -51,7 +51,8 @@ napoleon_preprocess_types = False
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|nn|np|numpy|npt|transformers|tokenizers|lm_eval)\..*"),
     ("py:.*", r"(abc|collections\.abc|contextvars|dataclasses|enum|pathlib|random|typing)(\..*)?"),
-    ("py:class", r"Tensor|NDArray|Path|PreTrainedTokenizerBase|Tokens|Tokenizer|TrainingArguments|\w+Config"),
+    ("py:class", r"Tensor|NDArray|Path|PreTrainedTokenizerBase|Tokens|Tokenizer"),
+    ("py:class", r"TrainingArguments|\w+Config"),
     ("py:class", r"[^A-Z.]*"),
     ("py:class", r".*\.(Model|Item|Prepared|Made)|LayerState"),
     ("py:.*", r"(.*\.)?_\w+"),

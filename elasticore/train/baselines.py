@@ -65,8 +65,8 @@ Model = TypeVar("Model", bound=nn.Module)
 class GatePrice(nn.Module):
     """DuoAttention's regularisation: ``weight`` times the mean gate (Eqs. 3 and 4).
 
-    The paper sums ``|α|``; its code, as here, takes the mean, so that the weight does not depend on the
-    number of heads.
+    The paper sums ``|α|``; its code, as here, takes the mean, so that the weight does not depend on
+    the number of heads.
 
     Parameters
     ----------

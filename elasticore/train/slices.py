@@ -57,10 +57,10 @@ def form_groups(size: int) -> SequenceParallel | None:
 class SliceCollator:
     """Makes the whole batch, in each process of a group, and keeps this one's slice of its tokens.
 
-    What is learnt stays that of the batch: labels, weights, and ``Learnt.predicting``. ``slice`` says where in it this process's part
-    is: the first and the last + 1 of the learnt tokens that it predicts, and the place of its first
-    token in the batch. A token that is predicted from the end of one slice is the first of the
-    next, so labels themselves could not be cut.
+    What is learnt stays that of the batch: labels, weights, and ``Learnt.predicting``. ``slice``
+    says where in it this process's part is: the first and the last + 1 of the learnt tokens that it
+    predicts, and the place of its first token in the batch. A token that is predicted from the end
+    of one slice is the first of the next, so labels themselves could not be cut.
 
     Parameters
     ----------

@@ -17,7 +17,7 @@ for name in {hidden}:
     sys.modules[name] = None  # as if it were not installed
 import torch
 import elasticore
-from elasticore.cli import doctor
+from elasticore.cli.machine import doctor
 q = torch.randn(1, 2, 8, 16)
 plan = elasticore.HeadPlan(torch.tensor([[0, 1]], dtype=torch.int8))
 assert elasticore.hybrid_head_attention(q, q, q, plan).shape == q.shape

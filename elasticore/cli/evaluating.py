@@ -1,0 +1,135 @@
+"""``elasticore eval``: benchmarks, and tables of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from elasticore.cli.console import Backend, Json, app, count, err, out, plain_errors
+
+eval_app = typer.Typer(help="Evaluate a model, and compare evaluations.")
+app.add_typer(eval_app, name="eval")
+
+
+@eval_app.callback(invoke_without_command=True)
+def evaluate(
+    context: typer.Context,
+    model: Annotated[
+        str | None, typer.Option(help='Directory or hub id of the backbone, or "tiny".')
+    ] = None,
+    tasks: Annotated[
+        str,
+        typer.Option(help="offline, ruler, longbench-e, longbench-v2, or tasks, as offline:vt."),
+    ] = "offline",
+    router: Annotated[
+        str | None, typer.Option(help="Directory of trained routers; a method of its own.")
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="full, streaming, xattention:threshold=0.9, ...; repeatable."),
+    ] = None,
+    lengths: Annotated[str, typer.Option(help="Tokens, as 4096 or 8k,16k.")] = "4k",
+    limit: Annotated[int | None, typer.Option(help="Tokens of prompts that are cut.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Of each task; default: all.", min=1)] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the benchmarks' files.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder of answers and scores.")] = Path("runs/eval"),
+    batch_size: Annotated[int, typer.Option(min=1)] = 1,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    chat: Annotated[bool, typer.Option(help="Apply the chat template.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the samples that are made here.")] = 0,
+    backend: Backend = "auto",
+    check_base: Annotated[
+        bool, typer.Option(help="Insist on the weights the routers were trained on.")
+    ] = True,
+    as_json: Json = False,
+) -> None:
+    """Ask a model the questions of long-context benchmarks, with its sparsity beside every score.
+
+    Stopped half way, the same command goes on where it was.
+
+    Example: [bold]elasticore eval --model tiny --router ROUTERS --tasks offline --lengths 2k,4k[/]
+    """
+    if context.invoked_subcommand is not None:
+        return
+    with plain_errors():
+        import logging
+
+        from rich.progress import track
+        from transformers.utils.logging import disable_progress_bar
+
+        from elasticore.eval.evaluate import Evaluation
+        from elasticore.eval.evaluate import evaluate as run_evaluation
+        from elasticore.eval.report import read_report
+
+        if model is None:
+            raise ValueError("model is missing: pass --model with a directory or hub id.")
+        chosen = list(method or [])
+        if router is not None:
+            chosen.append(f"elastic=router:path={router}")
+        disable_progress_bar()  # ours says more
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        evaluation = Evaluation(
+            model=model,
+            tasks=tuple(part.strip() for part in tasks.split(",")),
+            methods=tuple(chosen or ["full"]),
+            lengths=tuple(count(part, "lengths") for part in lengths.split(",")),
+            limit=limit,
+            samples=samples,
+            data=None if data is None else str(data),
+            dtype=dtype,
+            batch_size=batch_size,
+            backend=backend,
+            chat=chat,
+            seed=seed,
+        )
+        run_evaluation(
+            evaluation,
+            output,
+            check_base=check_base,
+            progress=lambda name, batches: track(batches, f"answering, {name}", console=err),
+        )
+        _show_report(read_report([output]), None, as_json)
+    err.print(f"[dim]Answers, scores and settings: {output}[/]")
+
+
+@eval_app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of `elasticore eval`.")],
+    metric: Annotated[str, typer.Option(help="Which of a task's numbers.")] = "score",
+    groups: Annotated[bool, typer.Option("--groups", help="Without the single tasks.")] = False,
+    form: Annotated[
+        str | None, typer.Option("--format", help="csv, markdown or latex, instead of a table.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare evaluations: a row per method, a column per task.
+
+    Example: [bold]elasticore eval report runs/eval --format latex > table.tex[/]
+    """
+    with plain_errors():
+        from elasticore.eval.report import read_report
+
+        _show_report(read_report(runs, metric, groups), form, as_json)
+
+
+def _show_report(found: Any, form: str | None, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps([dict(zip(found.columns, row, strict=True)) for row in found.rows]))
+        return
+    if form is not None:
+        print(found.as_text(form), end="")
+        return
+    from elasticore.eval.report import number
+
+    # A column for each method, as there are more tasks than methods.
+    shown = Table()
+    shown.add_column("", no_wrap=True)
+    for row in found.rows:
+        shown.add_column(row[0], justify="right")
+    for place, column in enumerate(found.columns[1:], 1):
+        shown.add_row(column, *(number(row[place]) for row in found.rows))
+    out.print(shown)
