@@ -119,6 +119,7 @@ def run_demo(
     return answers
 
 
+@torch.no_grad()
 def _answer(model: Any, tokenizer: Any, sample: Sample) -> tuple[str, Any, Trace, float]:
     """Generate the answer; return it, its score, the trace and the seconds of the prefill."""
     prompt = torch.as_tensor(sample.input_ids[: sample.start], device=model.device)[None]

@@ -249,10 +249,12 @@ def test_activations_are_what_the_router_decides_by(shipped):
         assert list(found.before) == ["needle", "code", "niah_single_2"]
         assert found.before["code"].shape == found.after["code"].shape == (2, 4 * 32)
         for task, row, one in [("needle", 0, 0), ("code", 0, 1), ("code", 1, 3)]:
-            ids = torch.from_numpy(samples[one].input_ids[None, : samples[one].start])
+            ids = torch.from_numpy(samples[one].input_ids[None, : samples[one].start]).to(
+                model.device
+            )
             with ec.record() as trace, torch.no_grad():
                 model(ids, use_cache=False)
-                logits = router.router_mlp(found.after[task][row].view(4, 32))
+                logits = router.router_mlp(found.after[task][row].view(4, 32).to(model.device))
             assert torch.equal((logits[:, 1] >= logits[:, 0]).long(), trace.decisions[4, 0].long())
         assert not router._forward_pre_hooks
         with pytest.raises(ValueError, match="layer must be from 0 to 7, got 8"):

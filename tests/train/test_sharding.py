@@ -116,6 +116,7 @@ def process(rank: int, port: int, folder: str) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "ACCELERATE_USE_CPU": "true",
+        "CUDA_VISIBLE_DEVICES": "",  # two processes on the CPU, also where there is a GPU
     }
     found = {}
     for way in WAYS:
