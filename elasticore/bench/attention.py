@@ -231,9 +231,9 @@ def prefill_cases(device: torch.device, quick: bool) -> list[Case]:
             *family("attention-batch4", (4096,), (None,), batch=4),
         ]
     return [
-        *family("attention", (512, 1024, 4096, 16384, 65536, 131072), every),
+        *family("attention", (512, 1024, 4096, 16384, 65536, 131072, 262144), every),
         *family("attention-d64", (4096, 16384, 65536), (0.0, 0.75), head_dim=64),
-        *family("attention-xa", (16384, 65536, 131072), every[1:], sparse="SELECTED"),
+        *family("attention-xa", (4096, 16384, 65536, 131072), every[1:], sparse="SELECTED"),
         *family("attention-batch4", (4096, 16384), (None,), batch=4),
     ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -26,11 +26,14 @@ class Ready(NamedTuple):
         Time that was spent on what is done once per routing or input, not once per call.
     close
         Gives back what the preparation took.
+    details
+        What else there is to know about the work it does, by name.
     """
 
     call: Callable[[], Any]
     plan_ms: float | None = None
     close: Callable[[], None] = lambda: None
+    details: Mapping[str, Any] = {}
 
 
 class Work(ABC):
@@ -108,6 +111,9 @@ class Case(ABC):
     suite: ClassVar[str]
     unit: ClassVar[str] = "ms"
     """What the bars of a picture show: ``"TFLOP/s"``, ``"GB/s"`` or ``"ms"``."""
+    in_turns: ClassVar[bool] = False
+    """Whether the engines of a case are timed in turns, not one after the other: for calls so long
+    that the GPU's clock follows its power. They stay prepared side by side meanwhile."""
 
     family: str
     length: int

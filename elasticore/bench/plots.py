@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from elasticore.bench.cases import Case, tokens
+from elasticore.bench.e2e import E2eCase
 from elasticore.bench.report import Results
 from elasticore.bench.run import Record
+from elasticore.bench.speedups import speedups
 from elasticore.drawing import pyplot, save
 
 __all__ = ["picture"]
@@ -22,8 +24,9 @@ _DENSE: dict[str, Any] = {"color": "#444444", "linestyle": "--", "linewidth": 1}
 
 
 def picture(results: Results, suite: str, path: Path) -> Path | None:
-    """Draw one suite: a row of curves and a row of bars per family, a column per share of heads.
+    """Draw one suite; of whole models, their speed-up (:func:`speedups`).
 
+    The others have a row of curves and a row of bars per family, a column per share of heads.
     Curves are milliseconds over tokens; a dashed one is the fastest peer that reads everything.
     Bars are the suite's rate: TFLOP/s of useful pairs, GB/s, or milliseconds.
 
@@ -47,6 +50,8 @@ def picture(results: Results, suite: str, path: Path) -> Path | None:
     ]
     if not measured:
         return None
+    if suite == E2eCase.suite:
+        return speedups(measured, path)
     names = list(dict.fromkeys(r.engine for _, records in measured for r in records))
     colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}
     families = {

@@ -134,15 +134,16 @@ def _rounded(value: Any) -> Any:
 def table(results: Results, suite: str) -> Group:
     """The records of one suite that have a time, case by case, and why the others have none.
 
-    Times are in milliseconds. The last columns hold how many times faster an engine is than the
-    fastest peer that did the same work, and than the fastest that read everything.
+    Times are in milliseconds, and the most memory of a run in GiB. The last columns hold how many
+    times faster an engine is than the fastest peer that did the same work, and than the fastest
+    that read everything.
     """
     ours = [(case, records) for case, records in results if case.suite == suite]
     unit = ours[0][0].unit if ours else "ms"
     shown = Table(title=suite, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     shown.add_column("", no_wrap=True)
     rated = [unit] if unit != "ms" else []
-    for heading in ("ms", "min", "runs", *rated, "plan", "× peer", "× dense"):
+    for heading in ("ms", "min", "runs", *rated, "plan", "GiB", "× peer", "× dense"):
         shown.add_column(heading, justify="right", no_wrap=True)
     reasons: dict[tuple[str, str, str], list[str]] = {}
     for case, records in ours:
@@ -158,7 +159,7 @@ def table(results: Results, suite: str) -> Group:
             dense = [ratio for name, ratio in record.ratios.items() if name not in here]
             rate = {"TFLOP/s": record.tflops, "GB/s": record.gb_s}
             cells = [record.ms, record.min_ms, record.runs, *(rate[name] for name in rated)]
-            cells += [record.plan_ms]
+            cells += [record.plan_ms, record.peak_gib]
             if not record.peer:
                 cells += [min(same, default=None), min(dense, default=None)]
             texts = [_number(value) for value in cells]

@@ -8,11 +8,12 @@ import gc
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
 from elasticore.bench.cases import Case, Engine, Work
-from elasticore.bench.timing import Clock
+from elasticore.bench.timing import Clock, Timing
 from elasticore.errors import UnsupportedRequest
 
 __all__ = ["Record", "Session", "Stopwatch", "add_ratios", "run_engine"]
@@ -34,10 +35,14 @@ class Record:
         Median time until the call gave control back to the host.
     plan_ms
         What was spent once per routing, outside the calls.
+    peak_gib
+        The most memory allocated in a run, in GiB; None on a CPU.
     tflops, gb_s
         From the median; TFLOP/s count useful query-key pairs only.
     difference
         From the reference; None where there is none.
+    details
+        What else is known about the work that it did, by name.
     ratios
         Name of each engine of the case, and of each peer that reads everything, to its median over
         this one: above 1, this one is faster.
@@ -54,9 +59,11 @@ class Record:
     runs: int | None = None
     host_ms: float | None = None
     plan_ms: float | None = None
+    peak_gib: float | None = None
     tflops: float | None = None
     gb_s: float | None = None
     difference: float | None = None
+    details: dict[str, Any] = dataclasses.field(default_factory=dict)
     ratios: dict[str, float] = dataclasses.field(default_factory=dict)
     skipped: str = ""
     failed: str = ""
@@ -111,7 +118,7 @@ def run_engine(
 def _measure(engine: Engine, work: Work, stopwatch: Stopwatch, record: Record) -> None:
     ready = engine.prepare(work)
     try:
-        record.plan_ms = ready.plan_ms
+        record.plan_ms, record.details = ready.plan_ms, dict(ready.details)
         record.difference = work.difference(ready.call())
         if record.difference is not None and not record.difference <= work.tolerance:
             record.failed = (
@@ -181,28 +188,44 @@ class Session:
         """
         results: dict[str, list[Record]] = {}
         for case, engines in self.plan:
-            records = list(self._case(case, engines, step))
+            records = self._case(case, engines, step)
             add_ratios(records, results.get(case.dense, []))
             results[str(case)] = records
             yield case, records
 
     def _case(
         self, case: Case, engines: Sequence[Engine], step: Callable[[Case, Engine], None]
-    ) -> Iterator[Record]:
+    ) -> list[Record]:
         device, asked = self.clock.device, bool(self.engines)
         work = functools.cache(lambda: case.build(device))
+        waiting: list[tuple[Record, Callable[[], object]]] = []
+
+        def stopwatch(call: Callable[[], object], record: Record) -> None:
+            if case.in_turns:
+                waiting.append((record, call))
+            else:
+                _note(self.clock.measure(call), record)
+
+        records = []
         for engine in engines:
             step(case, engine)
-            yield run_engine(case, engine, work, self._time, device=device, asked=asked)
+            records.append(run_engine(case, engine, work, stopwatch, device=device, asked=asked))
+        with torch.no_grad():
+            timings = self.clock.take_turns([call for _, call in waiting])
+        for timing, (record, _) in zip(timings, waiting, strict=True):
+            _note(timing, record)
+        waiting.clear()
         work.cache_clear()
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+        return records
 
-    def _time(self, call: Callable[[], object], record: Record) -> None:
-        timing = self.clock.measure(call)
-        record.ms, record.min_ms = timing.ms, timing.min_ms
-        record.runs, record.host_ms = timing.runs, timing.host_ms
+
+def _note(timing: Timing, record: Record) -> None:
+    record.ms, record.min_ms = timing.ms, timing.min_ms
+    record.runs, record.host_ms = timing.runs, timing.host_ms
+    record.peak_gib = timing.peak_gib
 
 
 def add_ratios(records: Sequence[Record], dense: Sequence[Record]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -43,12 +43,15 @@ class Timing(NamedTuple):
         How many there were.
     host_ms
         Median time until the call gave control back to the host.
+    peak_gib
+        The most memory that was allocated in a run, in GiB; None on a CPU.
     """
 
     ms: float
     min_ms: float
     runs: int
     host_ms: float
+    peak_gib: float | None = None
 
 
 @dataclass
@@ -76,9 +79,22 @@ class Clock:
         """Run ``call`` to warm up, then again and again."""
         once = self._warm_up(call)
         count = int(min(max(self.budget_ms / once, self.least), self.most))
-        run = self._gpu_run if self.device.type == "cuda" else self._cpu_run
-        times, host = zip(*(run(call) for _ in range(count)), strict=True)
-        return Timing(statistics.median(times), min(times), count, statistics.median(host))
+        return _timing([self._run(call) for _ in range(count)])
+
+    def take_turns(self, calls: Sequence[Callable[[], Any]]) -> list[Timing]:
+        """Run ``calls`` in turns, each once per turn, in random order; they have warmed up.
+
+        There are as many turns as fit into four budgets per call.
+        """
+        runs: list[list[_Run]] = [[] for _ in calls]
+        shuffled = random.Random(0)
+        started, turns, elapsed = time.perf_counter(), 0, 0.0
+        budget = 4 * self.budget_ms * len(calls)
+        while turns < self.least or (turns < self.most and elapsed < budget):
+            for index in shuffled.sample(range(len(calls)), len(calls)):
+                runs[index].append(self._run(calls[index]))
+            turns, elapsed = turns + 1, (time.perf_counter() - started) * 1e3
+        return [_timing(own) for own in runs]
 
     def flush(self) -> None:
         """Wait for the device and push everything out of its L2 cache."""
@@ -102,22 +118,39 @@ class Clock:
             runs, elapsed = runs + 1, (time.perf_counter() - started) * 1e3
         return elapsed / runs
 
-    def _gpu_run(self, call: Callable[[], Any]) -> tuple[float, float]:
+    def _run(self, call: Callable[[], Any]) -> _Run:
+        return self._gpu_run(call) if self.device.type == "cuda" else self._cpu_run(call)
+
+    def _gpu_run(self, call: Callable[[], Any]) -> _Run:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.flush()
+        torch.cuda.reset_peak_memory_stats(self.device)
         begin.record()
         started = time.perf_counter()
         call()
         host = time.perf_counter() - started
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end), host * 1e3
+        peak = torch.cuda.max_memory_allocated(self.device) / 2**30
+        return _Run(begin.elapsed_time(end), host * 1e3, peak)
 
-    def _cpu_run(self, call: Callable[[], Any]) -> tuple[float, float]:
+    def _cpu_run(self, call: Callable[[], Any]) -> _Run:
         started = time.perf_counter()
         call()
         elapsed = (time.perf_counter() - started) * 1e3
-        return elapsed, elapsed
+        return _Run(elapsed, elapsed, None)
+
+
+class _Run(NamedTuple):
+    ms: float
+    host_ms: float
+    peak_gib: float | None
+
+
+def _timing(runs: Sequence[_Run]) -> Timing:
+    times, host, peaks = zip(*runs, strict=True)
+    peak = max((one for one in peaks if one is not None), default=None)
+    return Timing(statistics.median(times), min(times), len(runs), statistics.median(host), peak)
 
 
 def planned(device: torch.device, plan: Callable[[], Result]) -> tuple[Result, float]:
