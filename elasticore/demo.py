@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from elasticore.eval.scoring import score
 from elasticore.eval.tasks import TASKS, Sample, make_sample
+from elasticore.eval.teacher_forced import score
 from elasticore.models.elastic import restore
 from elasticore.models.files import load_router
 from elasticore.models.loading import TINY, load_backbone

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -163,6 +165,23 @@ def use_backend(name: str) -> _Selection:
     """
     _check_usable(name)
     return _Selection(name, _default.set(name))
+
+
+@contextmanager
+def using_engine(engine: HybridHeadAttention) -> Iterator[None]:
+    """Run attention on an instance that no list shows, inside the ``with`` block.
+
+    For an engine that needs more than its class to be made, such as one that looks at every call
+    and hands it on. As with :func:`use_backend`, the choice belongs to the current context.
+    """
+    name = f"{engine.name}-{id(engine)}"
+    _instances[name] = engine
+    token = _default.set(name)
+    try:
+        yield
+    finally:
+        _default.reset(token)
+        del _instances[name]
 
 
 def current_backend() -> str:

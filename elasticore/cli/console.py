@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from elasticore.errors import ElasticoreError
+
 __all__ = ["Backend", "Json", "app", "count", "err", "out", "plain_errors"]
 
 app = typer.Typer(
@@ -37,7 +39,7 @@ def plain_errors() -> Iterator[None]:
         if "--traceback" in sys.argv:
             raise
         err.print(f"[bold red]error:[/] {escape(str(error))}")
-        if not isinstance(error, (ValueError, OSError)):  # perhaps not the user's doing
+        if not isinstance(error, (ValueError, OSError, ElasticoreError)):  # perhaps a bug
             err.print("[dim]elasticore --traceback COMMAND shows where it came from.[/]")
         raise typer.Exit(2) from error
 

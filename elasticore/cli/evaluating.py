@@ -11,7 +11,7 @@ from rich.table import Table
 
 from elasticore.cli.console import Backend, Json, app, count, err, out, plain_errors
 
-eval_app = typer.Typer(help="Evaluate a model, and compare evaluations.")
+eval_app = typer.Typer()
 app.add_typer(eval_app, name="eval")
 
 
@@ -23,10 +23,13 @@ def evaluate(
     ] = None,
     tasks: Annotated[
         str,
-        typer.Option(help="offline, ruler, longbench-e, longbench-v2, or tasks, as offline:vt."),
-    ] = "offline",
+        typer.Option(
+            help="basic, ruler-like, ruler, longbench-e, longbench-v2, or tasks, as ruler-like:vt."
+        ),
+    ] = "basic",
     router: Annotated[
-        str | None, typer.Option(help="Directory of trained routers; a method of its own.")
+        str | None,
+        typer.Option(help='Directory of trained routers, or "tiny"; a method of its own.'),
     ] = None,
     method: Annotated[
         list[str] | None,
@@ -34,7 +37,9 @@ def evaluate(
     ] = None,
     lengths: Annotated[str, typer.Option(help="Tokens, as 4096 or 8k,16k.")] = "4k",
     limit: Annotated[int | None, typer.Option(help="Tokens of prompts that are cut.")] = None,
-    samples: Annotated[int | None, typer.Option(help="Of each task; default: all.", min=1)] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Of each task; all, or 20 if made here.", min=1)
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of the benchmarks' files.")] = None,
     output: Annotated[Path, typer.Option(help="Folder of answers and scores.")] = Path("runs/eval"),
     batch_size: Annotated[int, typer.Option(min=1)] = 1,
@@ -49,9 +54,31 @@ def evaluate(
 ) -> None:
     """Ask a model the questions of long-context benchmarks, with its sparsity beside every score.
 
-    Stopped half way, the same command goes on where it was.
+    Stopped half way, the same command goes on where it was. Data that are missing are named with
+    where to get them and where to put them.
 
-    Example: [bold]elasticore eval --model tiny --router ROUTERS --tasks offline --lengths 2k,4k[/]
+    Without a download, on a CPU:
+
+    [bold]elasticore eval --model tiny --router tiny --method full --tasks basic --lengths 1k[/]
+
+    A model of the hub, its routers, and full attention in the same run:
+
+    [bold]elasticore eval --model Qwen/Qwen3-4B --router runs/qa/router --method full --chat --tasks
+    basic,ruler-like --lengths 8k,32k --samples 20 --output runs/qwen[/]
+
+    Benchmarks, from a folder with their data:
+
+    [bold]elasticore eval --model Qwen/Qwen3-4B --router runs/qa/router --chat --tasks
+    ruler,longbench-e,longbench-v2 --lengths 8k,64k --data data --batch-size 4[/]
+
+    Baselines:
+
+    [bold]elasticore eval --model Qwen/Qwen3-4B --method streaming --method xattention:threshold=0.9
+    --method pattern:path=masks.tsv,sparsity=0.7[/]
+
+    One task; a name of one's own for a method:
+
+    [bold]elasticore eval --model tiny --tasks ruler-like:vt --method mine=router:path=runs/mine[/]
     """
     if context.invoked_subcommand is not None:
         return
@@ -99,7 +126,12 @@ def evaluate(
 @eval_app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of `elasticore eval`.")],
-    metric: Annotated[str, typer.Option(help="Which of a task's numbers.")] = "score",
+    metric: Annotated[
+        str, typer.Option(help="Which of a task's numbers, as score,msr,first_token_seconds.")
+    ] = "score",
+    part: Annotated[
+        str | None, typer.Option(help="Only these samples: 0-4k, 4-8k, 8k+, easy, hard, short, ...")
+    ] = None,
     groups: Annotated[bool, typer.Option("--groups", help="Without the single tasks.")] = False,
     form: Annotated[
         str | None, typer.Option("--format", help="csv, markdown or latex, instead of a table.")
@@ -108,12 +140,14 @@ def report(
 ) -> None:
     """Compare evaluations: a row per method, a column per task.
 
-    Example: [bold]elasticore eval report runs/eval --format latex > table.tex[/]
+    Example: [bold]elasticore eval report runs/eval --groups --metric score,msr --format latex >
+    table.tex[/]
     """
     with plain_errors():
-        from elasticore.eval.report import read_report
+        from elasticore.eval.report import ALL, read_report
 
-        _show_report(read_report(runs, metric, groups), form, as_json)
+        metrics = [name.strip() for name in metric.split(",")]
+        _show_report(read_report(runs, metrics, groups, part or ALL), form, as_json)
 
 
 def _show_report(found: Any, form: str | None, as_json: bool) -> None:

@@ -1,1 +1,1 @@
-"""Evaluation: offline tasks, scores with the sparsity beside them, pictures."""
+"""Evaluation: tasks, methods, benchmarks, and scores with the sparsity beside them."""

@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from math import isnan
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from elasticore.backends.registry import use_backend
+from elasticore.errors import UnsupportedRequest
+from elasticore.eval.costs import costs
 from elasticore.eval.journal import Journal
 from elasticore.eval.methods import Method
+from elasticore.eval.suites import load_suites
 
-__all__ = ["Evaluation", "evaluate", "suites"]
+__all__ = ["Evaluation", "evaluate"]
 
 SETTINGS = "evaluation.json"
 ANSWERS = "answers.jsonl"
@@ -29,7 +35,8 @@ class Evaluation:
     model
         Directory or hub id of the backbone, or ``"tiny"``.
     tasks
-        Names of suites, or of tasks in one, as ``"offline:vt"``: see :func:`suites`.
+        Names of suites, or of tasks in one, as ``"ruler-like:vt"``: see
+        :data:`~elasticore.eval.suites.SUITES`.
     methods
         As :meth:`Method.parse` takes them.
     lengths
@@ -40,8 +47,11 @@ class Evaluation:
         Of each task; None means all, or 20 where they are made here.
     data
         Folder of the benchmarks' files; None asks the hub.
-    dtype, batch_size, backend, chat, seed
+    dtype, backend, chat, seed
         Of the model and its generation.
+    batch_size
+        Prompts at a time. An evaluation may be resumed with another: answers agree up to rounding,
+        and each notes the size of its batch.
     """
 
     model: str
@@ -88,19 +98,26 @@ def evaluate(
         If a setting is wrong, or the folder is another evaluation's.
     FileNotFoundError
         If the model, a router or data are missing.
+    UnsupportedRequest
+        If the model or a batch does not fit into memory; answers that are there are kept.
     """
     from elasticore.bench.report import environment
-    from elasticore.models.loading import load_backbone
 
     output = Path(output)
     methods = [Method.parse(text) for text in evaluation.methods]
     names = [method.name for method in methods]
     if len(set(names)) < len(names):
         raise ValueError(f"methods have the names {names}; call each by one of its own: NAME=KIND.")
-    _claim(output, evaluation)
+    settings = _settings(output, evaluation, methods)
     with use_backend(evaluation.backend):
-        model, tokenizer = load_backbone(evaluation.model, evaluation.dtype)
-        tasks = suites(evaluation, tokenizer, model.config.max_position_embeddings)
+        model, tokenizer = _load(evaluation)
+        tasks = load_suites(evaluation, tokenizer, model.config.max_position_embeddings)
+        for method in methods:
+            with method.on(model, check_base=check_base):
+                pass  # what is wrong with the last one should not show after hours
+        # From here on the folder is this evaluation's.
+        output.mkdir(parents=True, exist_ok=True)
+        (output / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
         (output / "environment.json").write_text(
             json.dumps(environment(model.device), indent=1) + "\n"
         )
@@ -153,73 +170,50 @@ def _run(
     metrics = {
         "method": asdict(method),
         "scores": _scores(found["results"] | found.get("groups", {})),
-        "tasks": _per_task(rows),
+        "costs": costs(rows, tasks),
+        "tasks": list(dict.fromkeys(row["task"] for row in rows)),
     }
     (folder / METRICS).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
 
 
-def suites(evaluation: Evaluation, tokenizer: Any, positions: int) -> list[Any]:
-    """The tasks that ``evaluation`` names, as lm-evaluation-harness takes them.
+def _load(evaluation: Evaluation) -> tuple[Any, Any]:
+    """The model and its tokenizer."""
+    from elasticore.models.loading import load_backbone
 
-    Raises
-    ------
-    ValueError
-        If a suite or a task is unknown, or a length exceeds the model's positions.
-    FileNotFoundError
-        If data are missing; the message says where they are to be had, and where to put them.
-    """
-    from elasticore.eval import benchmarks
-    from elasticore.eval.benchmarks.offline import load_offline
-
-    too_long = [length for length in evaluation.lengths if length > positions]
-    if too_long:
-        raise ValueError(
-            f"lengths {too_long} exceed the {positions} positions of {evaluation.model}."
-        )
-    limit = positions - 1024 if evaluation.limit is None else evaluation.limit
-    chosen: dict[str, list[str]] = {}
-    for name in evaluation.tasks:
-        suite, _, task = name.partition(":")
-        chosen.setdefault(suite, []).extend(filter(None, [task]))
-    made: list[Any] = []
-    for suite, tasks in chosen.items():
-        some: dict[str, Any] = {"tasks": tasks} if tasks else {}
-        data = evaluation.data
-        if suite == "offline":
-            samples = evaluation.samples or 20
-            template: dict[str, Any] | None = {} if evaluation.chat else None
-            lengths, seed = evaluation.lengths, evaluation.seed
-            made += load_offline(tokenizer, lengths, samples, seed, template=template, **some)
-        elif suite == "ruler":
-            made += benchmarks.load_ruler(tokenizer, evaluation.lengths, data, **some)
-        elif suite == "longbench-e":
-            made.append(benchmarks.load_longbench_e(tokenizer, limit, data, **some))
-        elif suite == "longbench-v2":
-            made.append(benchmarks.load_longbench_v2(tokenizer, limit, data))
-        else:
-            raise ValueError(
-                f"tasks name the unknown suite {suite!r}; there are: offline, ruler, longbench-e "
-                "and longbench-v2, and single tasks of the first three as offline:vt."
-            )
-    return made
+    try:
+        return load_backbone(evaluation.model, evaluation.dtype)
+    except torch.OutOfMemoryError as error:
+        raise UnsupportedRequest(
+            f"model {evaluation.model} in {evaluation.dtype} does not fit into the memory of the "
+            "GPU; use a smaller model, bfloat16, or a GPU with more memory."
+        ) from error
 
 
-def _claim(output: Path, evaluation: Evaluation) -> None:
-    """Make the folder this evaluation's."""
-    own = json.loads(json.dumps(asdict(evaluation)))
+def _settings(output: Path, evaluation: Evaluation, methods: list[Method]) -> dict[str, Any]:
+    """What the folder is to say of itself; it must not be another evaluation's."""
+    own: dict[str, Any] = json.loads(json.dumps(asdict(evaluation)))
+    own["methods"] = {m.name: {**asdict(m), "sha256": m.digest()} for m in methods}
     file = output / SETTINGS
-    if file.is_file():
-        saved = json.loads(file.read_text(encoding="utf-8"))
-        # Methods may join, as each has a folder of its own.
-        changed = sorted(k for k in own if k != "methods" and saved.get(k) != own[k])
-        if changed:
+    if not file.is_file():
+        return own
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    free = {"methods", "batch_size"}
+    changed = sorted(k for k in own if k not in free and saved.get(k) != own[k])
+    if changed:
+        raise ValueError(
+            f"output {output} holds another evaluation (differs in {', '.join(changed)}); "
+            "name another folder, or resume with the same settings."
+        )
+    # Methods may join, as each has a folder of its own.
+    known = saved["methods"]
+    for name, method in own["methods"].items():
+        if known.get(name, method) != method:
             raise ValueError(
-                f"output {output} holds another evaluation (differs in {', '.join(changed)}); "
-                "name another folder, or resume with the same settings."
+                f"output {output} holds answers of another method {name!r} (of other settings, or "
+                "of files that have changed since); call this one by a name of its own, NAME=KIND."
             )
-        own["methods"] = list(dict.fromkeys([*saved["methods"], *own["methods"]]))
-    output.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(own, indent=1) + "\n", encoding="utf-8")
+    own["methods"] = known | own["methods"]
+    return own
 
 
 def _joined(samples: dict[str, list[Any]], journal: Journal) -> Iterable[dict[str, Any]]:
@@ -240,29 +234,13 @@ def _joined(samples: dict[str, list[Any]], journal: Journal) -> Iterable[dict[st
 
 
 def _scores(results: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Per task or group, its metrics without the harness's name of a filter."""
+    """Per task or group, its metrics without the harness's name of a filter; those of no sample
+    (nan) are left out."""
     return {
         name: {
             metric.partition(",")[0]: value
             for metric, value in found.items()
-            if metric.endswith(",none") and "_stderr" not in metric
+            if metric.endswith(",none") and "_stderr" not in metric and not isnan(value)
         }
         for name, found in results.items()
     }
-
-
-_MEANS = ("msr", "esr", "esr_last_query", "first_token_seconds", "tokens_per_second", "peak_gb")
-
-
-def _per_task(rows: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """Per task, the number of samples and the means of what they cost."""
-    tasks = dict.fromkeys(row["task"] for row in rows)
-    return {task: _means([row for row in rows if row["task"] == task]) for task in tasks}
-
-
-def _means(rows: list[dict[str, Any]]) -> dict[str, float | None]:
-    found: dict[str, float | None] = {"samples": len(rows)}
-    for name in ("prompt_tokens", *_MEANS):
-        values = [row[name] for row in rows if row[name] is not None]
-        found[name] = sum(values) / len(values) if values else None
-    return found

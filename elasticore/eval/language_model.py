@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from elasticore.errors import UnsupportedRequest
 from elasticore.eval.journal import Journal, key
 from elasticore.eval.measuring import Measures, measured
 
@@ -40,7 +42,10 @@ class ElasticLM(HFLM):
     Raises
     ------
     ValueError
-        In a request for loglikelihoods, which would route answers together with their prompts.
+        In a request for loglikelihoods, which would route answers together with their prompts; if
+        a prompt with its answer is longer than the model's positions.
+    UnsupportedRequest
+        If a batch does not fit into memory; the message says which, and what to do.
     """
 
     def __init__(
@@ -68,18 +73,56 @@ class ElasticLM(HFLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answers in the order of ``requests``."""
-        todo = [request for request in requests if key(request) not in self.journal]
-        for batch in self.progress(list(self._batches(todo))):
+        sizes = {key(request): len(self.tok_encode(request.args[0])) for request in requests}
+        self._check_lengths(requests, sizes)
+        # A batch that was cut off is answered again as a whole, so that a resumed run computes what
+        # a run in one piece would have.
+        todo = [
+            batch
+            for batch in self._batches(requests, sizes)
+            if any(key(request) not in self.journal for request in batch)
+        ]
+        for batch in self.progress(todo):
             order = _Order()
             self.cache_hook = order
-            answers = super().generate_until(batch, disable_tqdm=True)
+            try:
+                answers = super().generate_until(batch, disable_tqdm=True)
+            except RuntimeError as error:
+                if not _out_of_memory(error):
+                    raise
+                raise UnsupportedRequest(self._too_large(batch, sizes)) from error
             # The harness answers in its own order, and tells the hook; equal prompts are alike.
             places = order.places([request.args[0] for request in batch])
             for request, answer, place in zip(batch, answers, places, strict=True):
-                self.journal.add(request, answer, self._measures[place])
+                if key(request) not in self.journal:
+                    self.journal.add(request, answer, self._measures[place])
         return [self.journal[key(request)].answer for request in requests]
 
-    def _batches(self, requests: list[Instance]) -> Iterator[list[Instance]]:
+    def _check_lengths(self, requests: list[Instance], sizes: dict[str, int]) -> None:
+        """Refuse what the harness would cut, the first one to be found."""
+        for request in requests:
+            size, new = sizes[key(request)], request.args[1]["max_gen_toks"]
+            if size + new > self.max_length:
+                raise ValueError(
+                    f"task {request.task_name}, document {request.doc_id}: {size} tokens of prompt "
+                    f"and {new} of answer exceed the {self.max_length} positions of the model; "
+                    "ask for a shorter length, or set a lower limit where prompts are cut."
+                )
+
+    def _too_large(self, batch: list[Instance], sizes: dict[str, int]) -> str:
+        longest = max(batch, key=lambda request: sizes[key(request)])
+        advice = (
+            "start the same command again with a smaller --batch-size"
+            if len(batch) > 1
+            else "use shorter --lengths, a lower --limit, or a GPU with more memory"
+        )
+        return (
+            f"task {longest.task_name}: a prompt of {sizes[key(longest)]} tokens in a batch of "
+            f"{len(batch)} does not fit into memory; {advice}. The {len(self.journal)} answers so "
+            f"far are kept in {self.journal.path}."
+        )
+
+    def _batches(self, requests: list[Instance], sizes: dict[str, int]) -> Iterator[list[Instance]]:
         """Requests with the same settings, by falling length, so that too long ones fail first."""
         first = str(self.tokenizer.bos_token or "\0")
 
@@ -89,8 +132,7 @@ class ElasticLM(HFLM):
             prompt, generation = request.args
             return repr((prompt.startswith(first), sorted(generation.items())))
 
-        sizes = {id(r): len(self.tok_encode(r.args[0])) for r in requests}
-        ordered = sorted(requests, key=lambda r: (settings(r), -sizes[id(r)]))
+        ordered = sorted(requests, key=lambda r: (settings(r), -sizes[key(r)]))
         for _, alike in groupby(ordered, settings):
             group = list(alike)
             for start in range(0, len(group), self.batch_size):
@@ -117,6 +159,11 @@ class ElasticLM(HFLM):
         )
 
     loglikelihood_rolling = loglikelihood
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """On a GPU, or on a CPU, for which PyTorch has no class of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 class _Order:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from elasticore.models.elastic import is_elastic
 from elasticore.models.recording import Trace, record
@@ -35,8 +36,10 @@ class Measures:
         New tokens of this request over the time after its first one; None with only one.
     peak_gb
         Highest memory of the GPU, model included; None on a CPU.
+    batch_size
+        Prompts of the batch.
     backend
-        What ran the attention; empty if not elastic.
+        What ran the attention; transformers' name of it for a model that is not elastic.
     """
 
     prompt_tokens: int
@@ -48,14 +51,15 @@ class Measures:
     first_token_seconds: float
     tokens_per_second: float | None
     peak_gb: float | None
+    batch_size: int
     backend: str
 
 
 class _Batch:
     """What is seen of one batch while it is generated."""
 
-    def __init__(self, trace: Trace) -> None:
-        self.trace = trace
+    def __init__(self, trace: Trace, backend: str) -> None:
+        self.trace, self.backend = trace, backend
         self.seconds: list[float] = []
 
     def rows(self, lengths: Tensor, new_tokens: list[int]) -> list[Measures]:
@@ -80,14 +84,15 @@ class _Batch:
                     first_token_seconds=first,
                     tokens_per_second=(new - 1) / rest if new > 1 and rest else None,
                     peak_gb=peak,
-                    backend=prefill.backend if prefill is not None else "",
+                    batch_size=len(new_tokens),
+                    backend=self.backend if prefill is None else prefill.backend,
                 )
             )
         return found
 
 
 @contextmanager
-def measured(model: nn.Module) -> Iterator[_Batch]:
+def measured(model: PreTrainedModel) -> Iterator[_Batch]:
     """Watch ``model`` generate one batch; the device is waited for around every pass.
 
     Parameters
@@ -96,7 +101,8 @@ def measured(model: nn.Module) -> Iterator[_Batch]:
         A causal language model, elastic or not.
     """
     begun = 0.0
-    device = next(model.parameters()).device
+    device = model.device
+    backend: str = model.config._attn_implementation
 
     def wait() -> float:
         if device.type == "cuda":
@@ -119,10 +125,10 @@ def measured(model: nn.Module) -> Iterator[_Batch]:
     try:
         if is_elastic(model):
             with record() as trace:
-                batch = _Batch(trace)
+                batch = _Batch(trace, backend)
                 yield batch
         else:
-            batch = _Batch(Trace())
+            batch = _Batch(Trace(), backend)
             yield batch
     finally:
         for hook in hooks:

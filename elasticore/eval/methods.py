@@ -5,25 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import yaml
 from torch import nn
 from transformers import PreTrainedModel
 
+from elasticore.assets import tiny
 from elasticore.eval.baselines import PerQuery, attend_with, load_nsa
 from elasticore.models.config import ElasticConfig
 from elasticore.models.elastic import elasticize, restore
 from elasticore.models.families import attention_layers
 from elasticore.models.files import load_router
+from elasticore.models.loading import TINY
+from elasticore.models.static import apply_pattern
 from elasticore.patterns.registry import selector_from_dict
 from elasticore.router.policies import fixed_policies
 
 __all__ = ["Method"]
 
-FULL, STREAMING, ROUTER, NSA = "full", "streaming", "router", "nsa"
+FULL, STREAMING, ROUTER, PATTERN, NSA = "full", "streaming", "router", "pattern", "nsa"
 PER_QUERY = "-per-query"
 _STREAMING = ("sink", "local", "block_size")
+_PATTERN = ("sparsity", "sink", "local")
 
 
 @dataclass(frozen=True)
@@ -36,12 +42,14 @@ class Method:
         As it is shown, and the name of its folder.
     kind
         ``full``: the backbone itself. ``router``: trained routers, or a static head table that was
-        saved as such. ``streaming``: every head streams. A selector's name, such as
+        saved as such. ``pattern``: a head table as DuoAttention or PruLong publish it.
+        ``streaming``: every head streams. A selector's name, such as
         ``xattention``: every head reads the blocks that it selects; with ``-per-query`` after it,
         as ``moba-per-query``, every query selects for itself, slowly. ``nsa``: its three branches.
     settings
-        ``path`` of a router or of NSA's parts; ``sink`` and ``local`` of streaming; the selector's
-        own; ``block_size``; and ``from_layer``, the first layer that is sparse.
+        ``path`` of a router (``tiny`` is the one in the package), of a pattern or of NSA's parts;
+        ``sparsity`` of a pattern; ``sink`` and ``local`` of it or of streaming; the selector's own;
+        ``block_size``; and ``from_layer``, the first layer that is sparse.
     """
 
     name: str
@@ -105,11 +113,14 @@ class Method:
                 yield
             return
         if self.kind == ROUTER:
-            path = settings.pop("path", None)
+            path = self._path(settings, "DIRECTORY of trained routers")
             _none_left(self.kind, settings)
-            if path is None:
-                raise ValueError("method router needs path=DIRECTORY of trained routers.")
-            load_router(model, str(path), check_base=check_base)
+            load_router(model, path, check_base=check_base)
+        elif self.kind == PATTERN:
+            path = self._path(settings, "FILE.tsv or DIRECTORY of DuoAttention or PruLong")
+            own = {key: settings.pop(key) for key in list(settings) if key in _PATTERN}
+            _none_left(self.kind, settings)
+            apply_pattern(model, path, **own)
         else:
             layers = len(attention_layers(model))
             first = settings.pop("from_layer", 0)
@@ -125,6 +136,21 @@ class Method:
         finally:
             restore(model)
 
+    def digest(self) -> str | None:
+        """SHA-256 of the files at ``path``; None without any on this machine."""
+        if "path" not in self.settings:
+            return None
+        place = Path(_place(self.settings["path"]))
+        files = sorted(place.rglob("*")) if place.is_dir() else [place]
+        found = [file.read_bytes() for file in files if file.is_file()]
+        return sha256(b"".join(found)).hexdigest() if found else None
+
+    def _path(self, settings: dict[str, Any], what: str) -> str:
+        path = settings.pop("path", None)
+        if path is None:
+            raise ValueError(f"method {self.kind} needs path={what}.")
+        return _place(path)
+
     def _config(self, settings: dict[str, Any]) -> ElasticConfig:
         """What every head of a static method reads."""
         if self.kind == STREAMING:
@@ -138,13 +164,16 @@ class Method:
     def _modules(self, model: PreTrainedModel, settings: dict[str, Any]) -> Sequence[nn.Module]:
         """The attention of every layer, for methods that no lane can run."""
         if self.kind == NSA:
-            path = settings.pop("path", None)
+            path = self._path(settings, "FILE.safetensors of its trained parts")
             _none_left(self.kind, settings)
-            if path is None:
-                raise ValueError("method nsa needs path=FILE.safetensors of its trained parts.")
-            return list(load_nsa(model, str(path)))
+            return list(load_nsa(model, path))
         selector: Any = selector_from_dict({"name": self.kind.removesuffix(PER_QUERY), **settings})
         return [PerQuery(selector) for _ in attention_layers(model)]
+
+
+def _place(path: Any) -> str:
+    """Where a path leads; ``tiny`` is a name for the routers in the package."""
+    return str(tiny() / "router") if path == TINY else str(path)
 
 
 def _none_left(kind: str, settings: dict[str, Any]) -> None:

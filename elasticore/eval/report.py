@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,21 @@ from typing import Any
 
 from elasticore.eval.evaluate import METRICS, SETTINGS
 
-__all__ = ["FORMATS", "Report", "read_report"]
+__all__ = ["FORMATS", "Report", "number", "read_report", "read_runs"]
 
 FORMATS = ("csv", "markdown", "latex")
-COSTS = {"msr": "Ω_MSR", "esr": "Ω_ESR", "first_token_seconds": "first token, s"}
-_LATEX = {"Ω_MSR": r"$\Omega_\mathrm{MSR}$", "Ω_ESR": r"$\Omega_\mathrm{ESR}$"}
+ALL = "score"
+"""The part that all samples of a task belong to."""
+SHOWN = {
+    "msr": "Ω_MSR",
+    "esr": "Ω_ESR",
+    "esr_last_query": "Ω_ESR, last query",
+    "first_token_seconds": "first token, s",
+    "tokens_per_second": "tokens/s",
+    "peak_gb": "GB",
+}
+ALWAYS = ("msr", "esr", "first_token_seconds")
+"""Costs that every table ends with, as means over all samples."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,7 @@ class Report:
             lines = [list(self.columns), rule, *cells]
             return "".join(f"| {' | '.join(line)} |\n" for line in lines)
         if kind == "latex":
-            head = [_LATEX.get(name, _escaped(name)) for name in self.columns]
+            head = [_headed(name) for name in self.columns]
             body = [[_escaped(row[0]), *row[1:]] for row in cells]
             return "\n".join(
                 [
@@ -75,7 +86,10 @@ def number(value: float | None) -> str:
 
 
 def read_report(
-    runs: Sequence[str | Path], metric: str = "score", groups_only: bool = False
+    runs: Sequence[str | Path],
+    metrics: Sequence[str] = (ALL,),
+    groups_only: bool = False,
+    part: str = ALL,
 ) -> Report:
     """Read the folders of finished evaluations.
 
@@ -83,10 +97,44 @@ def read_report(
     ----------
     runs
         Folders that :func:`~elasticore.eval.evaluate.evaluate` has written.
-    metric
-        Which of a task's numbers.
+    metrics
+        Which numbers of every task: ``"score"``, another score such as ``"answered"``, or a cost
+        such as ``"msr"`` (:data:`~elasticore.eval.costs.COSTS`).
     groups_only
         Leave out the tasks of a group.
+    part
+        Which samples: all, or a part with a score of its own, such as ``"8k+"`` or ``"hard"``.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a folder is none, or no method of it is finished.
+    ValueError
+        If no run has these numbers.
+    """
+    found = read_runs(runs)
+    cells = [_cells(data, metrics, part) for _, data in found]
+    names = list(dict.fromkeys(name for one in cells for name in one))
+    if groups_only:
+        tasks = {task for _, data in found for task in data["tasks"]}
+        names = [name for name in names if name[0] not in tasks]
+    if not names:
+        raise ValueError(
+            f"metric {', '.join(metrics)} of part {part!r} is in none of the runs; metrics are "
+            "such as score, msr and first_token_seconds, parts such as 8k+ and hard."
+        )
+    rows = [
+        (method, *(one.get(name) for name in names), *_means(data, part))
+        for (method, data), one in zip(found, cells, strict=True)
+    ]
+    headings = (
+        task if metric == ALL else f"{task} {SHOWN.get(metric, metric)}" for task, metric in names
+    )
+    return Report(("method", *headings, *(SHOWN[name] for name in ALWAYS)), tuple(rows))
+
+
+def read_runs(runs: Sequence[str | Path]) -> list[tuple[str, dict[str, Any]]]:
+    """Name and ``metrics.json`` of every finished method; the name has its run's if several.
 
     Raises
     ------
@@ -106,28 +154,34 @@ def read_report(
         for file in files:
             name = file.parent.name if len(runs) == 1 else f"{run.name}/{file.parent.name}"
             found.append((name, json.loads(file.read_text(encoding="utf-8"))))
-    scores = [{n: one.get(metric) for n, one in data["scores"].items()} for _, data in found]
-    names = list(dict.fromkeys(n for one in scores for n in one if one[n] is not None))
-    if groups_only:
-        tasks = {task for _, data in found for task in data["tasks"]}
-        names = [n for n in names if n not in tasks]
-    if not names:
-        raise ValueError(f"metric {metric!r} is in none of the runs; such as score.")
-    rows = [
-        (name, *(one.get(column) for column in names), *_costs(data["tasks"]))
-        for (name, data), one in zip(found, scores, strict=True)
-    ]
-    return Report(("method", *names, *COSTS.values()), tuple(rows))
-
-
-def _costs(tasks: dict[str, dict[str, float | None]]) -> list[float | None]:
-    """Means over all samples of all tasks."""
-    found: list[float | None] = []
-    for name in COSTS:
-        known = [(t["samples"], t[name]) for t in tasks.values() if t[name] is not None]
-        total = sum(count or 0 for count, _ in known)
-        found.append(sum((n or 0) * (v or 0) for n, v in known) / total if total else None)
     return found
+
+
+def _cells(
+    data: dict[str, Any], metrics: Sequence[str], part: str
+) -> dict[tuple[str, str], float | None]:
+    """The numbers of a method by task, or group, and metric."""
+    found: dict[tuple[str, str], float | None] = {}
+    for task, scores in data["scores"].items():
+        costs = data["costs"][task].get(part, {})
+        numbers = {**(scores if part == ALL else {}), **costs, ALL: scores.get(part)}
+        found |= {(task, m): numbers[m] for m in metrics if numbers.get(m) is not None}
+    return found
+
+
+def _means(data: dict[str, Any], part: str) -> list[float | None]:
+    """What every table ends with, over the samples of all tasks."""
+    costs = [data["costs"][task].get(part, {}) for task in data["tasks"]]
+    found: list[float | None] = []
+    for name in ALWAYS:
+        known = [(c["samples"], c[name]) for c in costs if c.get(name) is not None]
+        total = sum(samples for samples, _ in known)
+        found.append(sum(n * value for n, value in known) / total if total else None)
+    return found
+
+
+def _headed(text: str) -> str:
+    return re.sub(r"Ω\\_(\w+)", r"$\\Omega_\\mathrm{\1}$", _escaped(text))
 
 
 def _escaped(text: str) -> str:

@@ -31,8 +31,9 @@ def load_backbone(name: str, dtype: str = "float32") -> tuple[Any, Any]:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
         tokenizer = AutoTokenizer.from_pretrained(path)
     except OSError as error:
+        reason = str(error).partition("\n")[0]
         raise FileNotFoundError(
-            f"model {name} is no directory with a model, and the hub did not give it: {error}"
+            f"model {name} is no directory with a model, and the hub did not give it: {reason}"
         ) from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)  # type: ignore[arg-type]

@@ -11,11 +11,12 @@ from torch import Tensor
 from elasticore.models.config import ElasticConfig
 from elasticore.models.elastic import elasticize, restore
 from elasticore.models.files import save_router
+from elasticore.models.state import STATE
 from elasticore.router.gates import sparse_table
 from elasticore.router.policies import fixed_policies
 from elasticore.router.tables import read_head_table
 
-__all__ = ["PatternConversion", "convert_pattern"]
+__all__ = ["PatternConversion", "apply_pattern", "convert_pattern"]
 
 _BLOCK_SIZES = (128, 64, 32, 16)
 
@@ -39,25 +40,22 @@ class PatternConversion:
     sparse: Tensor
 
 
-def convert_pattern(
-    path: str | Path,
-    out: str | Path,
+def apply_pattern(
     model: Any,
+    path: str | Path,
     *,
     sparsity: float | None = None,
     sink: int | None = None,
     local: int | None = None,
-) -> PatternConversion:
-    """Write a pattern that DuoAttention or PruLong published as :func:`save_router` would.
+) -> Tensor:
+    """Make a model elastic by a pattern that DuoAttention or PruLong published.
 
     Parameters
     ----------
+    model
+        The backbone; not elastic yet.
     path
         DuoAttention's directory, or a file of either (:func:`read_head_table`).
-    out
-        The router directory to write.
-    model
-        The backbone; not elastic, and left as it is.
     sparsity
         Share of heads that stream, to the nearest head: those with the lowest scores. None makes
         those stream that score below one half, which is all there is to say of a mask.
@@ -68,8 +66,8 @@ def convert_pattern(
 
     Returns
     -------
-    PatternConversion
-        What was written.
+    Tensor
+        bool ``[layers, kv_heads]``: which heads stream.
 
     Raises
     ------
@@ -96,7 +94,41 @@ def convert_pattern(
     config = ElasticConfig("fa-ssa", sink=sink, local=local, block_size=block_size)
     sparse = table.scores < 0.5 if sparsity is None else sparse_table(table.scores, sparsity)
     elasticize(model, config, policies=fixed_policies(sparse))
+    return sparse
+
+
+def convert_pattern(
+    path: str | Path,
+    out: str | Path,
+    model: Any,
+    *,
+    sparsity: float | None = None,
+    sink: int | None = None,
+    local: int | None = None,
+) -> PatternConversion:
+    """Write a pattern that DuoAttention or PruLong published as :func:`save_router` would.
+
+    Parameters
+    ----------
+    path, sparsity, sink, local
+        See :func:`apply_pattern`.
+    out
+        The router directory to write.
+    model
+        The backbone; not elastic, and left as it is.
+
+    Returns
+    -------
+    PatternConversion
+        What was written.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As :func:`apply_pattern`.
+    """
+    sparse = apply_pattern(model, path, sparsity=sparsity, sink=sink, local=local)
     try:
-        return PatternConversion(save_router(model, out), config, sparse)
+        return PatternConversion(save_router(model, out), getattr(model, STATE).config, sparse)
     finally:
         restore(model)

@@ -62,3 +62,9 @@ class Streaming:
         """How many key blocks each of ``row_block`` (int64, any shape) reads."""
         sink, local = self.blocks(block_size)
         return (row_block + 1).clamp(max=sink + local)
+
+    def reads(self, row_block: Tensor, key_block: Tensor, block_size: int) -> Tensor:
+        """Whether each ``row_block`` reads each ``key_block`` (int64, broadcast against it)."""
+        sink, local = self.blocks(block_size)
+        near = (key_block < sink) | (key_block > row_block - local)
+        return near & (key_block <= row_block)

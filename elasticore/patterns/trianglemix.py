@@ -59,12 +59,12 @@ class TriangleMix(BlockSelector):
         self, q: Tensor, k: Tensor, segments: Segments, *, block_size: int, scale: float
     ) -> BlockLists:
         """Choose the key blocks of every row block; see :class:`BlockSelector`."""
-        sink, local = Streaming(self.sink, self.local).blocks(block_size)
+        streaming = Streaming(self.sink, self.local)
         rows = Rows.of(segments, q.shape[2], block_size)
         block = torch.arange(-(-k.shape[2] // block_size), device=q.device)
         row = rows.block[..., None]
         is_last = (row + 1) * block_size > (segments.key_length - self.last)[:, None, None]
-        chosen = (block < sink) | (block > row - local) | is_last
+        chosen = streaming.reads(row, block, block_size) | is_last
         return lists_of(
             chosen[:, None],
             rows,

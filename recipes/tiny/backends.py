@@ -28,8 +28,8 @@ from torch import Tensor
 import elasticore as ec
 from elasticore.assets import tiny
 from elasticore.backends.triton import TritonAttention
-from elasticore.eval.scoring import Score, score
 from elasticore.eval.tasks import TASKS, Sample, make_sample
+from elasticore.eval.teacher_forced import Score, score
 from elasticore.models.loading import TINY, load_backbone
 
 console = Console(stderr=True)

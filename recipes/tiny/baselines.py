@@ -26,8 +26,8 @@ from rich.progress import track
 from rich.table import Table
 
 import elasticore as ec
-from elasticore.eval.scoring import score
 from elasticore.eval.tasks import TASKS, make_sample
+from elasticore.eval.teacher_forced import score
 from elasticore.models.loading import TINY, load_backbone
 from elasticore.train import BASELINES, Recipe, train
 from recipes.tiny.table import means

@@ -23,8 +23,8 @@ from rich.table import Table
 
 import elasticore as ec
 from elasticore.assets import tiny
-from elasticore.eval.scoring import Score, score
 from elasticore.eval.tasks import TASKS, make_sample
+from elasticore.eval.teacher_forced import Score, score
 from elasticore.models.loading import TINY, load_backbone
 
 console = Console(stderr=True)

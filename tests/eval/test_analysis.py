@@ -38,7 +38,7 @@ from elasticore.eval.analysis.plots import (
     similarity_picture,
     sparsification_picture,
 )
-from elasticore.eval.ruler import make_ruler_sample
+from elasticore.eval.ruler_like import make_ruler_sample
 from elasticore.eval.tasks import Sample, make_sample
 from elasticore.models.elastic import is_elastic, routers
 from elasticore.models.loading import load_backbone

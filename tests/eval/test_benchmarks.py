@@ -422,6 +422,76 @@ def test_without_a_folder_the_cache_is_asked(tmp_path, monkeypatch):
     assert data.longbench_v2(None) == []
 
 
+def test_a_filled_cache_is_enough_without_a_network(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    place = tmp_path / "datasets--THUDM--LongBench-v2"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("0" * 40)
+    snapshot = place / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    rows = [v2_row("<1>", "A", "easy", "short")]
+    (snapshot / "data.json").write_text(json.dumps(rows), encoding="utf-8")
+    assert data.longbench_v2(None) == rows
+    with pytest.raises(
+        FileNotFoundError, match=r"hf download --repo-type dataset THUDM/LongBench d"
+    ):
+        data.longbench_e("qasper", None)
+
+
+def test_every_benchmark_from_a_folder_to_a_table_with_its_parts(tmp_path):
+    """The command line, on files in their published form, with what a part of the samples cost."""
+    from typer.testing import CliRunner
+
+    from elasticore.cli import app
+
+    write_longbench(
+        tmp_path,
+        {
+            "hotpotqa": [
+                longbench_row("word " * 60, ["cat"], 3999),
+                longbench_row("word " * 400, ["cat"], 8000),
+            ]
+        },
+    )
+    place = tmp_path / "ruler" / "backbone" / "512" / "vt"
+    place.mkdir(parents=True)
+    (place / "validation.jsonl").write_text(json.dumps(ruler_row("VAR A = 1 " * 30, ["A"])) + "\n")
+    (tmp_path / "longbench-v2").mkdir()
+    questions = [v2_row("word " * 50, "A", "easy", "short"), v2_row("<2>", "B", "hard", "long")]
+    (tmp_path / "longbench-v2" / "data.json").write_text(json.dumps(questions), encoding="utf-8")
+    out = str(tmp_path / "run")
+    names = "ruler:vt,longbench-e:hotpotqa,longbench-v2"
+    options = ["--lengths", "512", "--data", str(tmp_path), "--dtype", "float32", "--output", out]
+    chosen = ["--router", "tiny", "--batch-size", "2", "--tasks", names]
+    result = CliRunner().invoke(app, ["eval", "--model", "tiny", *options, *chosen])
+    assert result.exit_code == 0, result.output
+
+    def table(*settings):
+        shown = CliRunner().invoke(app, ["eval", "report", out, "--json", *settings])
+        (row,) = json.loads(shown.stdout)
+        return row
+
+    lines = (tmp_path / "run" / "elastic" / "samples.jsonl").read_text(encoding="utf-8")
+    samples = [json.loads(line) for line in lines.splitlines()]
+    short, long = (s for s in samples if s["task"] == "longbench-e-hotpotqa")
+    every = table("--metric", "score,msr")
+    assert {"ruler-512", "ruler-512-vt", "longbench-e", "longbench-v2"} <= set(every)
+    assert every["longbench-e-multi-doc-qa Ω_MSR"] == (short["msr"] + long["msr"]) / 2
+    for part, one in (("0-4k", short), ("8k+", long)):
+        shown = table("--metric", "prompt_tokens,msr", "--part", part)
+        assert shown["longbench-e prompt_tokens"] == one["prompt_tokens"]
+        assert shown["longbench-e Ω_MSR"] == shown["Ω_MSR"] == one["msr"]
+    hard = table("--metric", "score,prompt_tokens", "--part", "hard")
+    (asked,) = (s for s in samples if "hard" in s["scores"])
+    assert hard["longbench-v2 prompt_tokens"] == asked["prompt_tokens"]
+    assert hard["longbench-v2"] == 100 * asked["scores"]["hard"]
+    assert "ruler-512" not in hard  # has no such samples
+    assert {s["task"]: s["batch_size"] for s in samples}["longbench-v2"] == 2
+
+
 def test_an_archive_without_the_task_is_named(tmp_path):
     write_longbench(tmp_path, {"qasper": []})
     with pytest.raises(FileNotFoundError, match=r"data\.zip holds no data/trec_e\.jsonl"):

@@ -8,21 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("lm_eval", reason="pip install 'elasticore[eval]'")
 
+from huggingface_hub import constants
 from lm_eval.api.instance import Instance
 from typer.testing import CliRunner
 
 from elasticore.assets import tiny
-from elasticore.cli import app
+from elasticore.cli import app, console
 from elasticore.eval.evaluate import Evaluation, evaluate
 from elasticore.eval.journal import Journal
 from elasticore.eval.language_model import ElasticLM
 from elasticore.eval.methods import Method
 from elasticore.eval.report import read_report
-from elasticore.models.elastic import is_elastic
+from elasticore.eval.suites import load_suites
+from elasticore.models.elastic import is_elastic, routers
 from elasticore.models.loading import load_backbone
+from elasticore.router import write_duo, write_prulong
 
 STREAMING = "streaming:sink=32,local=64,block_size=32"
 ROUTER = f"ours=router:path={tiny() / 'router'}"
@@ -109,7 +113,7 @@ def test_an_evaluation_and_its_report(tmp_path: Path) -> None:
     out = tmp_path / "run"
     evaluation = Evaluation(
         "tiny",
-        ("offline:vt",),
+        ("ruler-like:vt",),
         (STREAMING, ROUTER),
         lengths=(640,),
         samples=2,
@@ -121,22 +125,30 @@ def test_an_evaluation_and_its_report(tmp_path: Path) -> None:
     assert [row["document"] for row in rows] == [0, 1]
     assert all(0 < row["msr"] < 1 and row["backend"] and row["target"] for row in rows)
     found = read_report([out])
-    assert found.columns[:3] == ("method", "offline-640-vt", "offline-640")
+    assert found.columns[:3] == ("method", "ruler-like-640-vt", "ruler-like-640")
     streaming, ours = found.rows
     assert streaming[0] == "streaming-sink=32-local=64-block_size=32" and ours[0] == "ours"
     place = found.columns.index("Ω_MSR")
     assert streaming[place] == 1.0
     assert ours[place] == pytest.approx(sum(row["msr"] for row in rows) / 2)
-    assert found.as_text("csv").splitlines()[0].startswith("method,offline-640-vt,offline-640,")
+    assert found.as_text("csv").splitlines()[0].startswith("method,ruler-like-640-vt,")
     assert found.as_text("markdown").splitlines()[1].startswith("| --- | --: |")
     assert r"\begin{tabular}{lrrrrr}" in found.as_text("latex")
-    assert read_report([out], groups_only=True).columns[1] == "offline-640"
+    assert read_report([out], groups_only=True).columns[1] == "ruler-like-640"
+    both = read_report([out], ["score", "msr"], groups_only=True)
+    assert both.columns[:3] == ("method", "ruler-like-640", "ruler-like-640 Ω_MSR")
+    assert both.rows[0][2] == 1.0 and both.rows[1][2] == ours[place]
+    assert r"ruler-like-640 $\Omega_\mathrm{MSR}$ &" in both.as_text("latex")
+    with pytest.raises(ValueError, match="metric loss of part 'score' is in none of the runs"):
+        read_report([out], ["loss"])
     # The same again asks nothing; other settings are another evaluation's.
     before = (out / "ours" / "answers.jsonl").read_bytes()
     evaluate(evaluation, out)
     assert (out / "ours" / "answers.jsonl").read_bytes() == before
     with pytest.raises(ValueError, match=r"holds another evaluation \(differs in lengths\)"):
         evaluate(dataclasses.replace(evaluation, lengths=(700,)), out)
+    with pytest.raises(ValueError, match="holds answers of another method 'ours'"):
+        evaluate(dataclasses.replace(evaluation, methods=("ours=full",)), out)
     shown = CliRunner().invoke(app, ["eval", "report", str(out), "--json"])
     assert [row["method"] for row in json.loads(shown.stdout)] == [streaming[0], "ours"]
 
@@ -144,23 +156,46 @@ def test_an_evaluation_and_its_report(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--tasks", "ruler", "--data", "nowhere"], "is missing"),
-        (["--tasks", "loogle"], "tasks name the unknown suite 'loogle'"),
-        (["--tasks", "offline:nothing"], "task='nothing' is unknown"),
+        (["--tasks", "ruler", "--data", "nowhere"], "made for a tokenizer, not downloaded"),
+        (["--tasks", "ruler"], "and pass the folder of the data, data"),
+        (["--tasks", "longbench-e", "--data", "nowhere"], "download data.zip of the data set"),
+        (["--tasks", "longbench-e"], "--repo-type dataset THUDM/LongBench data.zip'"),
+        (["--tasks", "longbench-v2", "--data", "nowhere"], "longbench-v2/data.json is missing"),
+        (["--tasks", "longbench-v2"], "--repo-type dataset THUDM/LongBench-v2 data.json'"),
+        (["--tasks", "loogle"], "tasks name the unknown suite 'loogle'; there are: basic, ruler-l"),
+        (["--tasks", "basic:nothing"], "tasks ['nothing'] are unknown; use any of needle"),
+        (["--tasks", "ruler-like:nothing"], "task='nothing' is unknown"),
+        (["--tasks", "ruler:nothing"], "tasks ['nothing'] are unknown; use any of niah_single_1"),
+        (["--tasks", "longbench-e:nothing"], "tasks ['nothing'] are unknown; use any of qasper"),
+        (["--tasks", "longbench-v2:law"], "longbench-v2 is one task; leave out ':law'"),
         (["--lengths", "64k"], "exceed the 4096 positions of tiny"),
+        (["--lengths", "100"], "lengths [100] are too short for the basic tasks"),
         (["--lengths", "long"], "lengths must be a count such as 8192, 8k or 700m, got 'long'"),
         (["--method", "mamba"], "selector 'mamba' is unknown"),
         (["--method", "streaming:treshold=1"], "method streaming has no settings treshold"),
-        (["--method", "router"], "method router needs path=DIRECTORY"),
+        (["--method", "full", "--method", "router"], "method router needs path=DIRECTORY"),
+        (["--method", "pattern"], "method pattern needs path=FILE.tsv or DIRECTORY"),
+        (["--method", "pattern:path=nowhere"], "nowhere is neither a file nor a directory"),
+        (["--method", "nsa"], "method nsa needs path=FILE.safetensors"),
         (["--method", "full", "--method", "full"], "call each by one of its own"),
         (["--method", "x=full:a=1,b"], "method 'x=full:a=1,b' must be"),
+        (["--model", "nobody/nothing"], "model nobody/nothing is no directory with a model, and"),
     ],
 )
-def test_bad_input_ends_in_one_line(arguments: list[str], said: str, tmp_path: Path) -> None:
+def test_bad_input_ends_in_one_line(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(console.err, "width", 10_000)
     options = ["--dtype", "float32", "--samples", "1", "--output", str(tmp_path / "run")]
     result = CliRunner().invoke(app, ["eval", "--model", "tiny", *options, *arguments])
     assert result.exit_code == 2
-    assert said in " ".join(result.output.split())
+    (line,) = [line for line in result.output.splitlines() if "Loading weights" not in line]
+    assert line.startswith("error: ")
+    assert said in line
+    # The folder is still free for the right command, and nothing was asked.
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -181,9 +216,68 @@ def test_methods_are_read(text: str, kind: str, settings: dict[str, Any]) -> Non
 def test_a_selectors_own_settings_are_its_own(loaded: tuple[Any, Any]) -> None:
     model, _ = loaded
     with Method.parse("trianglemix:sink=64,local=256,last=64,block_size=64,from_layer=6").on(model):
-        from elasticore.models.elastic import routers
-
         config = model._elasticore.config
         assert (config.selector.sink, config.selector.local, config.block_size) == (64, 256, 64)
         sparse = [int(policy.decisions.sum()) for policy in routers(model)]
         assert sparse == [0] * 6 + [4] * 2
+
+
+def test_suites_and_single_tasks_of_them_can_be_mixed(loaded: tuple[Any, Any]) -> None:
+    _, tokenizer = loaded
+
+    def names(*tasks: str, lengths: tuple[int, ...] = (700,)) -> set[str]:
+        evaluation = Evaluation("tiny", tasks, lengths=lengths, samples=1)
+        groups = load_suites(evaluation, tokenizer, 4096)
+        return {task.task_name for group in groups for task in group.get_all_tasks()}
+
+    two = {"ruler-like-700-vt", "ruler-like-700-qa_1"}
+    assert names("ruler-like:vt", "ruler-like:qa_1", "ruler-like:vt") == two
+    assert names("ruler-like:vt", "basic:code") == {"ruler-like-700-vt", "basic-700-code"}
+    assert len(names("basic:code", "basic")) == 5  # a whole suite is whole
+    evaluation = Evaluation("tiny", ("ruler-like:vt",), lengths=(700, 800), samples=1)
+    (mean,) = load_suites(evaluation, tokenizer, 4096)
+    assert mean.name == "ruler-like-mean"
+    assert mean.child_names == ["ruler-like-700", "ruler-like-800"]
+
+
+def test_a_published_pattern_is_a_method(loaded: tuple[Any, Any], tmp_path: Path) -> None:
+    model, _ = loaded
+    scores = torch.arange(32).view(8, 4) / 32
+    folder = write_duo(tmp_path / "duo", scores, 32, 64)
+    mask = write_prulong(tmp_path / "masks_sp0.7.tsv", scores < 0.7)
+
+    def sparse(text: str) -> list[list[int]]:
+        with Method.parse(text).on(model):
+            assert model._elasticore.config.local in (64, 256, 1024)
+            return [policy.decisions.tolist() for policy in routers(model)]
+
+    assert sparse(f"pattern:path={folder},sparsity=0.25") == (scores < 0.25).int().tolist()
+    assert sparse(f"pattern:path={mask}") == (scores < 0.7).int().tolist()
+    assert sparse(f"pattern:path={mask},sink=64,local=256") == (scores < 0.7).int().tolist()
+    assert not is_elastic(model)
+
+
+def test_files_that_have_changed_are_another_method(tmp_path: Path) -> None:
+    mask = write_prulong(tmp_path / "masks.tsv", torch.ones(8, 4) > 0)
+    before = Method.parse(f"pattern:path={mask}").digest()
+    assert before == Method.parse(f"pattern:path={mask}").digest()
+    write_prulong(mask, torch.ones(8, 4) < 0)
+    assert Method.parse(f"pattern:path={mask}").digest() not in (before, None)
+    assert Method.parse("full").digest() is None
+    assert Method.parse("router:path=tiny").digest() is not None
+
+
+def test_full_attention_is_pytorchs_in_batches_too(loaded: tuple[Any, Any], tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "answers.jsonl")
+    ElasticLM(*loaded, journal, batch_size=4).generate_until(REQUESTS)
+    assert {one.measures.backend for one in journal.entries()} == {"sdpa"}
+
+
+def test_a_prompt_beyond_the_positions_is_refused_not_cut(
+    loaded: tuple[Any, Any], tmp_path: Path
+) -> None:
+    journal = Journal(tmp_path / "answers.jsonl")
+    lm = ElasticLM(*loaded, journal, max_length=20)
+    with pytest.raises(ValueError, match=r"document 9: \d+ tokens of prompt and 5 of answer"):
+        lm.generate_until([*REQUESTS, request(9, "one two " * 20)])
+    assert not len(journal)

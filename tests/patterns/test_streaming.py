@@ -52,6 +52,9 @@ def test_blocks_read_counts_the_blocks_of_the_definition(
         window = set(range(max(0, row_block - local + 1), row_block + 1))
         assert read == window | set(range(min(sink, row_block + 1)))
         assert streaming.blocks_read(torch.tensor(row_block), block) == len(read)
+        blocks = torch.arange(-(-keys // block))
+        reads = streaming.reads(torch.tensor(row_block), blocks, block)
+        assert set(blocks[reads].tolist()) == read
 
 
 @pytest.mark.parametrize(

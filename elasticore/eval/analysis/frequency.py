@@ -2,16 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from elasticore.eval.analysis.rows import Row
+from elasticore.eval.evaluate import SAMPLES
+from elasticore.eval.tasks import Sample
+from elasticore.models.recording import record
 
-__all__ = ["ALL_TASKS", "frequency_rows", "routing_frequency"]
+__all__ = [
+    "ALL_TASKS",
+    "frequency_rows",
+    "prompt_decisions",
+    "read_decisions",
+    "routing_frequency",
+]
 
 ALL_TASKS = "all tasks"
+
+
+@torch.no_grad()
+def prompt_decisions(
+    model: Any,
+    samples: Sequence[Sample],
+    progress: Callable[[Sequence[Sample]], Iterable[Sample]] = iter,
+) -> list[tuple[str, Tensor]]:
+    """Every prompt's task and what an elastic model's routers decide for it.
+
+    Parameters
+    ----------
+    model
+        An elastic model in evaluation mode.
+    samples
+        Their prompts are read, not their answers.
+    progress
+        Wraps the samples, for a progress bar.
+
+    Returns
+    -------
+    list of (str, Tensor)
+        int8 ``[layers, kv_heads]``: 1 = sparse.
+    """
+    found = []
+    for sample in progress(samples):
+        prompt = torch.as_tensor(sample.input_ids[: sample.start], device=model.device)
+        with record() as trace:
+            model(prompt[None], use_cache=False, logits_to_keep=1)
+        found.append((sample.task, trace.decisions[:, 0]))
+    return found
+
+
+def read_decisions(folder: str | Path) -> list[tuple[str, Sequence[str]]]:
+    """The same of a finished evaluation, from the folder of one of its methods.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder holds no finished evaluation.
+    ValueError
+        If the method has no routers.
+    """
+    file = Path(folder) / SAMPLES
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no {SAMPLES}; name RUN/METHOD, with the folder of a finished "
+            "`elasticore eval` and a method in it."
+        )
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    if not rows or not all(row["decisions"] for row in rows):
+        raise ValueError(f"{folder} is of a method that decides nothing; name one with routers.")
+    return [(row["task"], row["decisions"]) for row in rows]
 
 
 def routing_frequency(

@@ -1,4 +1,4 @@
-"""Pictures of the analyses; that of routing frequencies is in `elasticore.eval.plots`."""
+"""Pictures of heads and tasks; that of routing frequencies is in `elasticore.eval.plots`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,19 @@ import numpy as np
 from torch import Tensor
 
 from elasticore.drawing import pyplot, save
+from elasticore.eval.analysis.fidelity import HeadFidelity
 from elasticore.eval.analysis.retrieval import RetrievalScores
 from elasticore.eval.analysis.similarity import Activations, task_similarity
 from elasticore.eval.analysis.sparsification import Step
 
-__all__ = ["retrieval_picture", "similarity_picture", "sparsification_picture"]
+__all__ = [
+    "fidelity_picture",
+    "retrieval_picture",
+    "similarity_picture",
+    "sparsification_picture",
+]
 
-_COLOURS = ("#c0392b", "#2e6da4", "#5d8a66", "#8e7cc3", "#d4ac0d", "#999999", "#e59866", "#1b3f60")
+COLOURS = ("#c0392b", "#2e6da4", "#5d8a66", "#8e7cc3", "#d4ac0d", "#999999", "#e59866", "#1b3f60")
 
 
 def retrieval_picture(scores: RetrievalScores, path: str | Path, *, title: str = "") -> Path:
@@ -51,7 +57,7 @@ def retrieval_picture(scores: RetrievalScores, path: str | Path, *, title: str =
     for edge in heat.spines.values():
         edge.set_visible(False)
     ranked = np.sort(table.ravel())[::-1]
-    curve.plot(np.arange(1, ranked.size + 1), ranked, color=_COLOURS[0], marker="o", markersize=2)
+    curve.plot(np.arange(1, ranked.size + 1), ranked, color=COLOURS[0], marker="o", markersize=2)
     curve.set_xlabel("rank of the head")
     curve.set_ylabel("score")
     curve.set_ylim(bottom=0)
@@ -96,7 +102,7 @@ def sparsification_picture(
         robust = sensitive is not None and not sensitive.get(task, True)
         axis.plot(
             *zip(*points, strict=True),
-            color=_COLOURS[i % len(_COLOURS)],
+            color=COLOURS[i % len(COLOURS)],
             linestyle="--" if robust else "-",
             marker="o",
             markersize=3,
@@ -109,6 +115,63 @@ def sparsification_picture(
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     if title:
         axis.set_title(title, fontsize=11)
+    return save(figure, Path(path), 150)
+
+
+def fidelity_picture(found: Sequence[HeadFidelity], path: str | Path, *, title: str = "") -> Path:
+    """Draw what heads keep in their sparse mode, and its error: layers × query heads, per task.
+
+    Dots are the heads that the router made sparse in at least half of the prompts.
+
+    Parameters
+    ----------
+    found
+        What to draw.
+    path
+        Where the picture goes; its suffix is the format.
+    title
+        Text above.
+    """
+    plt = pyplot()
+    tasks = list(dict.fromkeys(one.task for one in found))
+    layers = list(dict.fromkeys(one.layer for one in found))
+    heads = 1 + max(one.head for one in found)
+    figure, axes = plt.subplots(
+        len(tasks),
+        2,
+        figsize=(2.4 + 0.44 * heads, (0.9 + max(1.8, 0.2 * len(layers))) * len(tasks)),
+        squeeze=False,
+        sharex=True,
+        sharey=True,
+        layout="constrained",
+    )
+    worst = max(one.output_error for one in found)
+    columns = (
+        ("kept_mass", "attention kept", "Blues", 1.0),
+        ("output_error", "error of the output", "Reds", worst or 1.0),
+    )
+    for column, (name, said, colours, most) in enumerate(columns):
+        for axis, task in zip(axes[:, column], tasks, strict=True):
+            own = [one for one in found if one.task == task]
+            values, sparse = (
+                np.array([getattr(one, field) for one in own]).reshape(len(layers), heads)
+                for field in (name, "sparse")
+            )
+            image = axis.imshow(values, vmin=0, vmax=most, cmap=colours, aspect="auto")
+            chosen_y, chosen_x = (sparse >= 0.5).nonzero()
+            axis.plot(chosen_x, chosen_y, "o", color="black", markersize=3, markeredgecolor="white")
+            axis.set_title(f"{task}: {said}", fontsize=9)
+            _sparse_ticks(axis, [str(layer) for layer in layers], "y")
+            _sparse_ticks(axis, [str(head) for head in range(heads)], "x")
+            for edge in axis.spines.values():
+                edge.set_visible(False)
+        axes[-1, column].set_xlabel("query head")
+        bar = figure.colorbar(image, ax=axes[:, column].tolist(), shrink=0.8)
+        bar.outline.set_visible(False)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("layer")
+    if title:
+        figure.suptitle(title, fontsize=11)
     return save(figure, Path(path), 150)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -55,7 +55,11 @@ class RetrievalScores:
 
 @torch.no_grad()
 def retrieval_scores(
-    model: Any, samples: Sequence[Sample], rows: Literal["last", "answer"] = "last"
+    model: Any,
+    samples: Sequence[Sample],
+    rows: Literal["last", "answer"] = "last",
+    *,
+    progress: Callable[[Sequence[Sample]], Iterable[Sample]] = iter,
 ) -> RetrievalScores:
     """Mean share of every head's attention that lies on the evidence of the samples.
 
@@ -68,6 +72,8 @@ def retrieval_scores(
     rows
         Whose attention counts: that of the prompt's last token, as in the paper's Eq. 9, or the
         mean over all tokens that predict one of the answer's, the answer given.
+    progress
+        Wraps the samples, for a progress bar.
 
     Raises
     ------
@@ -91,7 +97,7 @@ def retrieval_scores(
     watched = [layer for layer in attention_layers(model) if not is_local(layer)]
     total = torch.zeros((), dtype=torch.float64)
     with _watching(model) as watch:
-        for sample in samples:
+        for sample in progress(samples):
             if not sample.evidence:
                 raise ValueError(f"samples: one of {sample.task!r} has no evidence to look for.")
             stop = sample.start if rows == "last" else sample.stop - 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +26,13 @@ class Activations(NamedTuple):
 
 
 @torch.no_grad()
-def router_activations(model: Any, samples: Sequence[Sample], layer: int = 0) -> Activations:
+def router_activations(
+    model: Any,
+    samples: Sequence[Sample],
+    layer: int = 0,
+    *,
+    progress: Callable[[Sequence[Sample]], Iterable[Sample]] = iter,
+) -> Activations:
     """Pooled keys of every prompt, and what the task MLP makes of them.
 
     Parameters
@@ -37,6 +43,8 @@ def router_activations(model: Any, samples: Sequence[Sample], layer: int = 0) ->
         Their prompts are read, not their answers.
     layer
         Which elastic layer's router to look at; the paper's Figure 5 shows the first.
+    progress
+        Wraps the samples, for a progress bar.
 
     Raises
     ------
@@ -62,7 +70,7 @@ def router_activations(model: Any, samples: Sequence[Sample], layer: int = 0) ->
     activations = Activations({}, {})
     handle = router.register_forward_pre_hook(look)
     try:
-        for sample in samples:
+        for sample in progress(samples):
             prompt = torch.as_tensor(sample.input_ids[: sample.start], device=model.device)
             model(prompt[None], use_cache=False, logits_to_keep=1)
     finally:

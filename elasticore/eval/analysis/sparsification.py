@@ -12,8 +12,8 @@ from torch import Tensor
 
 from elasticore.checks import check_number
 from elasticore.eval.analysis.rows import Row
-from elasticore.eval.scoring import Score, score
 from elasticore.eval.tasks import Sample
+from elasticore.eval.teacher_forced import Score, score
 from elasticore.models.config import ElasticConfig
 from elasticore.models.elastic import elasticize, restore
 from elasticore.router.policies import fixed_policies

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from elasticore.eval import scorers
+from elasticore.eval import metrics
 from elasticore.eval.benchmarks import data
 from elasticore.eval.benchmarks.prompts import prompts
 from elasticore.eval.benchmarks.task import Average, BenchmarkTask, Tokenizer, check_names
@@ -46,19 +46,19 @@ class Definition(NamedTuple):
 CATEGORIES = ("single-doc-qa", "multi-doc-qa", "summarization", "few-shot", "synthetic", "code")
 _SINGLE, _MULTI, _SUMMARIES, _FEW_SHOT, _SYNTHETIC, _CODE = CATEGORIES
 LONGBENCH_E = {
-    "qasper": Definition(_SINGLE, scorers.qa_f1, 128),
-    "multifieldqa_en": Definition(_SINGLE, scorers.qa_f1, 64),
-    "hotpotqa": Definition(_MULTI, scorers.qa_f1, 32),
-    "2wikimqa": Definition(_MULTI, scorers.qa_f1, 32),
-    "gov_report": Definition(_SUMMARIES, scorers.rouge_l, 512),
-    "multi_news": Definition(_SUMMARIES, scorers.rouge_l, 512),
-    "trec": Definition(_FEW_SHOT, scorers.classification, 64, few_shot=True, chat=False),
-    "triviaqa": Definition(_FEW_SHOT, scorers.qa_f1, 32, few_shot=True, chat=False),
-    "samsum": Definition(_FEW_SHOT, scorers.rouge_l, 128, few_shot=True, chat=False),
-    "passage_count": Definition(_SYNTHETIC, scorers.count, 32),
-    "passage_retrieval_en": Definition(_SYNTHETIC, scorers.retrieval, 32),
-    "lcc": Definition(_CODE, scorers.edit_similarity, 64, chat=False),
-    "repobench-p": Definition(_CODE, scorers.edit_similarity, 64, chat=False),
+    "qasper": Definition(_SINGLE, metrics.qa_f1, 128),
+    "multifieldqa_en": Definition(_SINGLE, metrics.qa_f1, 64),
+    "hotpotqa": Definition(_MULTI, metrics.qa_f1, 32),
+    "2wikimqa": Definition(_MULTI, metrics.qa_f1, 32),
+    "gov_report": Definition(_SUMMARIES, metrics.rouge_l, 512),
+    "multi_news": Definition(_SUMMARIES, metrics.rouge_l, 512),
+    "trec": Definition(_FEW_SHOT, metrics.classification, 64, few_shot=True, chat=False),
+    "triviaqa": Definition(_FEW_SHOT, metrics.qa_f1, 32, few_shot=True, chat=False),
+    "samsum": Definition(_FEW_SHOT, metrics.rouge_l, 128, few_shot=True, chat=False),
+    "passage_count": Definition(_SYNTHETIC, metrics.count, 32),
+    "passage_retrieval_en": Definition(_SYNTHETIC, metrics.retrieval, 32),
+    "lcc": Definition(_CODE, metrics.edit_similarity, 64, chat=False),
+    "repobench-p": Definition(_CODE, metrics.edit_similarity, 64, chat=False),
 }
 BUCKETS = ("0-4k", "4-8k", "8k+")
 
@@ -108,9 +108,9 @@ class LongBenchE(BenchmarkTask):
     def score(self, prediction: str, doc: data.Row) -> dict[str, float]:
         """By the task's metric, overall and in the sample's bucket."""
         if self.definition.few_shot:
-            prediction = scorers.first_line(prediction)
+            prediction = metrics.first_line(prediction)
         metric = self.definition.metric
-        classes = (doc["all_classes"],) if metric is scorers.classification else ()
+        classes = (doc["all_classes"],) if metric is metrics.classification else ()
         score = metric(prediction, doc["answers"], *classes)
         return {"score": score, bucket(doc["length"]): score}
 

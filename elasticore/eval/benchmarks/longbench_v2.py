@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from elasticore.eval import scorers
+from elasticore.eval import metrics
 from elasticore.eval.benchmarks import data
 from elasticore.eval.benchmarks.prompts import prompts
 from elasticore.eval.benchmarks.task import BenchmarkTask, Tokenizer
@@ -68,7 +68,7 @@ class LongBenchV2(BenchmarkTask):
 
     def score(self, prediction: str, doc: data.Row) -> dict[str, float]:
         """1 for the right letter; no letter is a wrong one."""
-        letter = scorers.choice(prediction)
+        letter = metrics.choice(prediction)
         right = float(letter == doc["answer"])
         kinds = ("score", doc["difficulty"], doc["length"], doc["domain"])
         return {**dict.fromkeys(kinds, right), "answered": float(letter is not None)}

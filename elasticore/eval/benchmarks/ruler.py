@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from elasticore.eval import scorers
+from elasticore.eval import metrics
 from elasticore.eval.benchmarks import data
 from elasticore.eval.benchmarks.task import Average, BenchmarkTask, Tokenizer, check_names
 
@@ -26,14 +26,14 @@ class Definition(NamedTuple):
 _NEEDLES = ("single_1", "single_2", "single_3", "multikey_1", "multikey_2", "multikey_3")
 RULER = {
     **{
-        f"niah_{kind}": Definition(128, scorers.contains_all)
+        f"niah_{kind}": Definition(128, metrics.contains_all)
         for kind in (*_NEEDLES, "multivalue", "multiquery")
     },
-    "vt": Definition(30, scorers.contains_all),
-    "cwe": Definition(120, scorers.contains_all),
-    "fwe": Definition(50, scorers.contains_all),
-    "qa_1": Definition(32, scorers.contains_any),
-    "qa_2": Definition(32, scorers.contains_any),
+    "vt": Definition(30, metrics.contains_all),
+    "cwe": Definition(120, metrics.contains_all),
+    "fwe": Definition(50, metrics.contains_all),
+    "qa_1": Definition(32, metrics.contains_any),
+    "qa_2": Definition(32, metrics.contains_any),
 }
 
 

@@ -1,4 +1,4 @@
-"""The offline suite: tasks like RULER's, made here from text that every Python has."""
+"""Tasks like RULER's, made here from text that every Python has."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 from elasticore.eval.benchmarks.data import Row
 from elasticore.eval.benchmarks.task import Average, BenchmarkTask, Tokenizer
-from elasticore.eval.ruler import RULER, make_ruler_sample
+from elasticore.eval.ruler_like import RULER_LIKE, make_ruler_sample
 
-__all__ = ["Offline", "load_offline"]
+__all__ = ["RulerLike", "load_ruler_like"]
 
 
-class Offline(BenchmarkTask):
-    """One task of :data:`~elasticore.eval.ruler.RULER` at one length.
+class RulerLike(BenchmarkTask):
+    """One task of :data:`~elasticore.eval.ruler_like.RULER_LIKE` at one length.
 
     Parameters
     ----------
@@ -28,8 +28,8 @@ class Offline(BenchmarkTask):
     chat = False  # the sample's own text has the template in it
 
     def __init__(self, task: str, length: int, rows: list[Row]) -> None:
-        self.task = RULER[task]
-        super().__init__(f"offline-{length}-{task}", rows, self.task.tokens)
+        self.task = RULER_LIKE[task]
+        super().__init__(f"ruler-like-{length}-{task}", rows, self.task.tokens)
 
     def doc_to_text(self, doc: Row) -> str:
         """The sample's text."""
@@ -46,12 +46,12 @@ class Offline(BenchmarkTask):
         return {"score": self.task.metric(prediction, doc["references"])}
 
 
-def load_offline(
+def load_ruler_like(
     tokenizer: Tokenizer,
     lengths: Sequence[int],
     samples: int,
     seed: int = 0,
-    tasks: Sequence[str] = tuple(RULER),
+    tasks: Sequence[str] = tuple(RULER_LIKE),
     template: Mapping[str, Any] | None = None,
 ) -> list[Average]:
     """The suite: one group per length, the mean of its tasks.
@@ -69,7 +69,7 @@ def load_offline(
     tasks
         Which of the thirteen.
     template
-        See :func:`~elasticore.eval.ruler.make_ruler_sample`.
+        See :func:`~elasticore.eval.ruler_like.make_ruler_sample`.
 
     Raises
     ------
@@ -88,7 +88,7 @@ def load_offline(
 
     return [
         Average.of(
-            f"offline-{length}", [Offline(task, length, rows(task, length)) for task in tasks]
+            f"ruler-like-{length}", [RulerLike(task, length, rows(task, length)) for task in tasks]
         )
         for length in lengths
     ]

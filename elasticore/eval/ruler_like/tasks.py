@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count, islice
 
-from elasticore.eval.ruler_text import (
+from elasticore.eval.ruler_like.text import (
     NOISE,
     Piece,
     Tokenizer,
@@ -20,7 +20,7 @@ from elasticore.eval.ruler_text import (
     prose,
     remember,
 )
-from elasticore.eval.ruler_words import Source
+from elasticore.eval.ruler_like.words import Source
 
 __all__ = ["Draft", "Maker", "TooShortError", "needles", "questions", "variables"]
 

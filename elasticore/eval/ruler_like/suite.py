@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from elasticore.eval.corpus import Split
-from elasticore.eval.ruler_counts import common_words, frequent_words
-from elasticore.eval.ruler_tasks import (
+from elasticore.eval.metrics import contains_all, contains_any
+from elasticore.eval.ruler_like.counts import common_words, frequent_words
+from elasticore.eval.ruler_like.tasks import (
     HOPS,
     Draft,
     Maker,
@@ -25,12 +26,11 @@ from elasticore.eval.ruler_tasks import (
     questions,
     variables,
 )
-from elasticore.eval.ruler_text import Piece, Tokenizer, encode, encode_after_line, lay
-from elasticore.eval.ruler_words import Source
-from elasticore.eval.scorers import contains_all, contains_any
+from elasticore.eval.ruler_like.text import Piece, Tokenizer, encode, encode_after_line, lay
+from elasticore.eval.ruler_like.words import Source
 from elasticore.eval.tasks import Sample
 
-__all__ = ["RULER", "RulerSample", "RulerTask", "make_ruler_sample"]
+__all__ = ["RULER_LIKE", "RulerSample", "RulerTask", "make_ruler_sample"]
 
 Metric = Callable[[str, Sequence[str]], float]
 
@@ -64,7 +64,7 @@ def _needles(statements: int = 1, **settings: Any) -> RulerTask:
     return RulerTask(needles(**settings), contains_all, 128, True, statements)
 
 
-RULER: dict[str, RulerTask] = {
+RULER_LIKE: dict[str, RulerTask] = {
     "niah_single_1": _needles(haystack="noise"),
     "niah_single_2": _needles(haystack="prose"),
     "niah_single_3": _needles(haystack="prose", value="uuid"),
@@ -118,7 +118,7 @@ def make_ruler_sample(
     Parameters
     ----------
     task : str
-        A name in `RULER`.
+        A name in `RULER_LIKE`.
     tokenizer : PreTrainedTokenizerBase
         Any transformers tokenizer.
     length : int
@@ -144,13 +144,13 @@ def make_ruler_sample(
         If the task or the split is unknown, the seed negative, the length too short, a depth not
         as described, or the tokenizer without a chat template.
     """
-    if task not in RULER:
-        raise ValueError(f"task={task!r} is unknown; use one of {', '.join(RULER)}")
+    if task not in RULER_LIKE:
+        raise ValueError(f"task={task!r} is unknown; use one of {', '.join(RULER_LIKE)}")
     if split not in ("train", "heldout"):
         raise ValueError(f"split={split!r} is unknown; use 'train' or 'heldout'")
     if seed < 0:
         raise ValueError(f"seed={seed} is negative; use 0 or more")
-    about = RULER[task]
+    about = RULER_LIKE[task]
     stream = (seed, int.from_bytes(task.encode(), "big"), int(split == "heldout"))
     source = Source(np.random.default_rng(stream), split)
     draft = about.make(source, length)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from elasticore.eval.scorers import (
+from elasticore.eval.metrics import (
     choice,
     classification,
     contains_all,

@@ -8,8 +8,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import elasticore as ec
-from elasticore.eval.scoring import score
 from elasticore.eval.tasks import Sample
+from elasticore.eval.teacher_forced import score
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The RULER suite: exact lengths, answers that follow from the text and from nothing else in it."""
+"""The RULER-like suite: exact lengths, and answers that follow from the text and nothing else."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from tokenizers import (
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import elasticore.eval.corpus as corpus
-from elasticore.eval import ruler_text, ruler_words
 from elasticore.eval.corpus import Document, is_heldout
-from elasticore.eval.ruler import RULER, make_ruler_sample
+from elasticore.eval.ruler_like import RULER_LIKE, make_ruler_sample
+from elasticore.eval.ruler_like import text as ruler_text
+from elasticore.eval.ruler_like import words as ruler_words
 
 BACKBONE = Path(corpus.__file__).parents[1] / "assets" / "tiny" / "backbone"
 NEEDLE = re.compile(r"^The secret (?:number|uuid) of (.+) is (\S+)\.$", re.MULTILINE)
@@ -93,7 +94,7 @@ def regex():
 
 CASES = [
     (task, name, n)
-    for task in RULER
+    for task in RULER_LIKE
     for name, n in [("tiny", 900), ("tiny", 5000), ("pieces", 6000), ("regex", 2000)]
 ]
 
@@ -113,7 +114,7 @@ def test_length_is_never_above_and_hardly_below(case):
     tokenizer, length, samples = case
     for sample in samples:
         assert len(sample.input_ids) == sample.stop
-        used = sample.start + max(RULER[sample.task].tokens, sample.stop - sample.start)
+        used = sample.start + max(RULER_LIKE[sample.task].tokens, sample.stop - sample.start)
         # What is left has no room for one more word of prose, or entry of a list: "137. word".
         word = 28 if tokenizer.bos_token else 12
         assert length - word < used <= length
@@ -132,7 +133,7 @@ def test_tokens_are_those_of_the_whole_text(case):
 def test_answers_follow_from_the_text(case):
     for sample in case[2]:
         assert sorted(solve(sample.task, sample.user)) == sorted(sample.references)
-        assert RULER[sample.task].metric(sample.answer, sample.references) == 1
+        assert RULER_LIKE[sample.task].metric(sample.answer, sample.references) == 1
 
 
 def test_evidence_is_where_the_answers_are(case):
@@ -142,8 +143,8 @@ def test_evidence_is_where_the_answers_are(case):
         assert all(0 < a < b <= sample.start for a, b in sample.evidence)
         assert all(any(line.strip() in sample.user for line in lines) for line in lines)
         assert all(any(answer in line for line in lines) for answer in sample.references)
-        if RULER[sample.task].statements:
-            assert len(lines) == len(sample.depths) == RULER[sample.task].statements
+        if RULER_LIKE[sample.task].statements:
+            assert len(lines) == len(sample.depths) == RULER_LIKE[sample.task].statements
             assert all(sample.user.count(line.strip()) == 1 for line in lines)
         else:  # each place of each answer in the text that is asked about
             asked = sample.user[sample.user.rindex("Below") :].split()
@@ -225,9 +226,9 @@ def answer_question(text: str, question: str) -> str:
     return one(rf"{name} was born in the town of (\w+)\.")
 
 
-@pytest.mark.parametrize("task", [task for task in RULER if RULER[task].statements])
+@pytest.mark.parametrize("task", [task for task in RULER_LIKE if RULER_LIKE[task].statements])
 def test_depths_are_as_asked_for(tiny, task):
-    count = RULER[task].statements
+    count = RULER_LIKE[task].statements
     wanted = [0.0, 1.0, 0.5, 0.25, 0.75][:count]
     wanted = sorted(wanted) if task == "vt" else wanted
     sample = make_ruler_sample(task, tiny, 4000, 1, depths=wanted)
@@ -265,7 +266,7 @@ def test_a_corpus_and_a_seed_fix_every_bit(pieces, monkeypatch):
     for cache in caches:
         cache.cache_clear()
     digest = hashlib.sha256()
-    for task in RULER:
+    for task in RULER_LIKE:
         for split in ("train", "heldout"):
             sample = make_ruler_sample(task, pieces, 3000, 0, split)
             digest.update(sample.input_ids.astype("<i8").tobytes())
@@ -311,7 +312,9 @@ def test_chat_template(pieces, task):
         make_ruler_sample(task, pieces, 4000, 2, template={"thinking": True}).input_ids.tolist()
     )
     assert sample.references == plain.references
-    assert 4000 - 28 < sample.start + max(RULER[task].tokens, sample.stop - sample.start) <= 4000
+    assert (
+        4000 - 28 < sample.start + max(RULER_LIKE[task].tokens, sample.stop - sample.start) <= 4000
+    )
     assert all(
         any(answer in pieces.decode(sample.input_ids[a:b].tolist()) for a, b in sample.evidence)
         for answer in sample.references
@@ -319,11 +322,11 @@ def test_chat_template(pieces, task):
 
 
 def test_the_shortest_length_named_is_the_shortest(tiny):
-    for task in RULER:
+    for task in RULER_LIKE:
         with pytest.raises(ValueError, match=f"too short for task='{task}'") as error:
             make_ruler_sample(task, tiny, 20, 0)
         least = int(re.search(r"at least (\d+)", str(error.value))[1])
-        if RULER[task].statements == 0:  # a count of words needs a text as well
+        if RULER_LIKE[task].statements == 0:  # a count of words needs a text as well
             with pytest.raises(ValueError, match="too short") as error:
                 make_ruler_sample(task, tiny, least, 0)
             least = int(re.search(r"at least (\d+)", str(error.value))[1])

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elasticore.eval.corpus import Split, documents
-from elasticore.eval.ruler_words import Source
+from elasticore.eval.ruler_like.words import Source
 
 Tokens = NDArray[np.int64]
 Tokenizer = Any  # any transformers tokenizer

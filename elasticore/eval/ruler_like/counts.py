@@ -8,9 +8,9 @@ from bisect import bisect_right
 import numpy as np
 from numpy.typing import NDArray
 
-from elasticore.eval.ruler_tasks import Draft, TooShortError
-from elasticore.eval.ruler_text import Piece, Tokenizer, encode_after_line, remember
-from elasticore.eval.ruler_words import Source
+from elasticore.eval.ruler_like.tasks import Draft, TooShortError
+from elasticore.eval.ruler_like.text import Piece, Tokenizer, encode_after_line, remember
+from elasticore.eval.ruler_like.words import Source
 
 __all__ = ["common_words", "frequent_words"]
 
