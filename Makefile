@@ -14,7 +14,7 @@ SETUP := .venv/.stamp
 PYTEST := $(BIN)/python -m pytest -v --durations=10
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu test-matrix lint format docs bench clean
+.PHONY: help setup demo reproduce test test-gpu test-matrix lint format docs bench clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,10 @@ $(SETUP): pyproject.toml constraints.txt
 
 demo: $(SETUP)  ## Show the tiny elastic model at work
 	$(BIN)/elasticore demo
+
+# A command that was stopped goes on when it is given again: make reproduce ARGS='--seeds 2'
+reproduce: $(SETUP)  ## The paper in miniature on the tiny model; minutes on a GPU
+	$(BIN)/python -m recipes.tiny.reproduce $(ARGS)
 
 test test-matrix: export OMP_NUM_THREADS ?= 1
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -55,15 +56,17 @@ class AttentionRequest:
         cls, q: Tensor, k: Tensor, v: Tensor, plan: HeadPlan, layout: SequenceLayout
     ) -> AttentionRequest:
         """The request that a call makes."""
+        batch, heads, queries, dim = q.shape
+        _, kv_heads, keys, _ = k.shape
         return cls(
             q.device,
             q.dtype,
-            q.shape[3],
-            q.shape[1],
-            k.shape[1],
-            q.shape[2],
-            k.shape[2],
-            layout.sequences(q.shape[0]),
+            dim,
+            heads,
+            kv_heads,
+            queries,
+            keys,
+            layout.sequences(batch),
             layout.kind,
             plan.lanes,
             plan.block_size,
@@ -192,8 +195,7 @@ def hybrid_head_attention(
         from elasticore.operator import traced_attention
 
         return traced_attention(q, k, v, plan, layout, scale, backend)
-    request = AttentionRequest.of(q, k, v, plan, layout)
-    engine = resolve(backend, request)
+    engine = resolve(backend, AttentionRequest.of(q, k, v, plan, layout))
     if not torch.is_autocast_enabled(q.device.type):
         return engine.attend(q, k, v, plan, layout=layout, scale=scale)
     # Autocast would change the dtype of the output and, through the scores, the blocks selected.
@@ -218,56 +220,80 @@ def check_call(
                 f"{name} must have 4 axes [batch, heads, positions, head_dim], got "
                 f"{list(tensor.shape)}."
             )
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {tensor.dtype}.")
-        if tensor.numel() == 0:
-            raise ValueError(f"{name} is empty: every axis of {list(tensor.shape)} must be >= 1.")
-        if tensor.dtype != q.dtype:
-            raise TypeError(f"{name} is {tensor.dtype} but q is {q.dtype}; use one dtype.")
-        if tensor.device != q.device:
-            raise ValueError(f"{name} is on {tensor.device} but q is on {q.device}; move it there.")
-        if tensor.shape[3] > 1 and tensor.stride(3) != 1:
-            raise ValueError(
-                f"{name} must be contiguous along head_dim (stride 1), got strides "
-                f"{tensor.stride()}; use {name}.contiguous()."
-            )
-    if k.shape != v.shape:
-        raise ValueError(f"v must have the shape of k {list(k.shape)}, got {list(v.shape)}.")
-    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(
-            f"q and k must agree in batch and head_dim, got q {list(q.shape)} and k "
-            f"{list(k.shape)}."
-        )
-    if q.shape[1] % k.shape[1]:
-        raise ValueError(
-            f"q has {q.shape[1]} heads, which is no multiple of the {k.shape[1]} heads of k; "
-            "every KV head serves a whole group of query heads."
-        )
     if layout is None:
-        layout = SequenceLayout.dense()
+        layout = _DENSE
     elif not isinstance(layout, SequenceLayout):
         raise TypeError(f"layout must be a SequenceLayout or None, got {layout!r}.")
-    layout.check(q.shape[0], q.shape[2], k.shape[2], q.device)
-
     if not isinstance(plan, HeadPlan):
         raise TypeError(f"plan must be a HeadPlan, got {type(plan).__name__}.")
+    batch, _, queries, dim = q.shape
+    _, kv_heads, keys, _ = k.shape
+    # A compiler would trace through the cache, and say so.
+    check = _check_forms if torch.compiler.is_compiling() else _check_forms_once
+    check(_form(q), _form(k), _form(v))
+    layout.check(batch, queries, keys, q.device)
     if plan.modes.device != q.device:
         raise ValueError(
             f"plan is on {plan.modes.device} but q is on {q.device}; build it from modes there."
         )
-    expected = (layout.sequences(q.shape[0]), k.shape[1])
-    if tuple(plan.modes.shape) != expected:
+    expected = (layout.sequences(batch), kv_heads)
+    if plan.modes.shape != expected:
         raise ValueError(
             f"plan.modes must be [sequences, kv_heads] = {list(expected)} for this call, got "
             f"{list(plan.modes.shape)}."
         )
     if scale is None:
-        scale = 1 / math.sqrt(q.shape[3])
+        scale = 1 / math.sqrt(dim)
     elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a float or None, got {scale!r}.")
     elif not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}.")
     return layout, float(scale)
+
+
+_DENSE = SequenceLayout.dense()
+
+_Form: TypeAlias = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
+"""All that the host knows of a tensor."""
+
+
+def _form(tensor: Tensor) -> _Form:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def _check_forms(q: _Form, k: _Form, v: _Form) -> None:
+    """Raise unless tensors of these forms make a call."""
+    q_shape, _, q_dtype, q_device = q
+    for name, (shape, strides, dtype, device) in (("q", q), ("k", k), ("v", v)):
+        if not dtype.is_floating_point:
+            raise TypeError(f"{name} must be floating point, got {dtype}.")
+        if 0 in shape:
+            raise ValueError(f"{name} is empty: every axis of {list(shape)} must be >= 1.")
+        if dtype != q_dtype:
+            raise TypeError(f"{name} is {dtype} but q is {q_dtype}; use one dtype.")
+        if device != q_device:
+            raise ValueError(f"{name} is on {device} but q is on {q_device}; move it there.")
+        if shape[3] > 1 and strides[3] != 1:
+            raise ValueError(
+                f"{name} must be contiguous along head_dim (stride 1), got strides "
+                f"{strides}; use {name}.contiguous()."
+            )
+    (k_shape, *_), (v_shape, *_) = k, v
+    if k_shape != v_shape:
+        raise ValueError(f"v must have the shape of k {list(k_shape)}, got {list(v_shape)}.")
+    if q_shape[0] != k_shape[0] or q_shape[3] != k_shape[3]:
+        raise ValueError(
+            f"q and k must agree in batch and head_dim, got q {list(q_shape)} and k "
+            f"{list(k_shape)}."
+        )
+    if q_shape[1] % k_shape[1]:
+        raise ValueError(
+            f"q has {q_shape[1]} heads, which is no multiple of the {k_shape[1]} heads of k; "
+            "every KV head serves a whole group of query heads."
+        )
+
+
+_check_forms_once = functools.lru_cache(maxsize=4096)(_check_forms)
 
 
 def require(verdict: Verdict, name: str) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from elasticore.attention import AttentionRequest, hybrid_head_attention
 from elasticore.backends.registry import current_backend
+from elasticore.backends.selection import choose_blocks
 from elasticore.errors import ElasticoreError
 from elasticore.layout import Segments, SequenceLayout
 from elasticore.models.config import ElasticConfig
@@ -349,13 +350,8 @@ class LayerState:
         with torch.no_grad():
             selection = None
             if plan.selector is not None and bool((plan.modes == int(HeadMode.SELECTED)).any()):
-                selection = plan.selector.select(
-                    q,
-                    k,
-                    segments,
-                    block_size=plan.block_size,
-                    scale=q.shape[3] ** -0.5 if scale is None else scale,
-                )
+                scale = q.shape[3] ** -0.5 if scale is None else scale
+                selection = choose_blocks(q, k, plan, layout, scale, every=False)
             for trace in active_traces():
                 trace.add(self, plan, segments, selection, decisions, prefill, request)
 

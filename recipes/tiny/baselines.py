@@ -4,139 +4,91 @@ python -m recipes.tiny.baselines --output benchmarks/results/tiny-baselines.json
 
 All three train on the same samples, for as many steps. The static methods get the share of sparse
 heads that elastic attention of the same seed has on average over the held-out samples, so every
-method spends the same over the whole set. What is finished in ``--runs`` is not done again.
+method spends the same over the whole set. What is finished in ``--runs`` is not done again; the
+reproduction (:mod:`recipes.tiny.reproduce`) takes it from there, too.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import platform
-import sys
-from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
-import torch
-import transformers
 import typer
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
-import elasticore as ec
-from elasticore.eval.tasks import TASKS, make_sample
-from elasticore.eval.teacher_forced import score
-from elasticore.models.loading import TINY, load_backbone
-from elasticore.train import BASELINES, Recipe, train
-from recipes.tiny.table import means
-
-console = Console(stderr=True)
-
-METHODS = ("elastic", *BASELINES)
-QUICK = {"max_steps": 2, "batch_size": 2, "workers": 0, "dtype": "float32", "logging_steps": 1}
-
-
-def run(method: str, recipe: Recipe, folder: Path, held_out: list[Any], batch_size: int) -> Any:
-    """Train and score one method; return its figures per task, or those that are there already."""
-    done = folder / f"figures-{len(held_out)}x{held_out[0].stop}.json"
-    wanted = json.loads(json.dumps(dataclasses.asdict(recipe)))
-    made = folder / "recipe.json"
-    if made.is_file() and json.loads(made.read_text(encoding="utf-8")) != wanted:
-        raise ValueError(f"runs holds {folder}, made with other settings; delete it.")
-    if not done.is_file():
-        if not (folder / "router" / "router.json").is_file():
-            console.print(f"[bold]{folder.name}[/]: training")
-            train(recipe, folder)
-        model, _ = load_backbone(TINY)
-        ec.load_router(model, folder / "router")
-        with ec.use_backend(recipe.backend):
-            scores = score(
-                model,
-                held_out,
-                batch_size=batch_size,
-                progress=lambda batches: track(list(batches), folder.name, console=console),
-            )
-        done.write_text(json.dumps(means(scores)), encoding="utf-8")
-    return json.loads(done.read_text(encoding="utf-8"))
-
-
-def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and standard deviation over the seeds, and every seed's own, per task and figure."""
-    return {
-        task: {
-            name: {
-                "mean": float(np.mean(values)),
-                "spread": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
-                "seeds": values,
-            }
-            for name in runs[0][task]
-            if name != "samples"
-            for values in [[run[task][name] for run in runs]]
-        }
-        for task in runs[0]
-    }
+from elasticore.eval.tasks import TASKS
+from elasticore.train import BASELINES, Recipe
+from recipes.tiny.about import about
+from recipes.tiny.plan import FULL, QUICK, QUICK_RECIPE, elastic, main_target, router, static
+from recipes.tiny.runs import Trainings
+from recipes.tiny.scores import Scorer
+from recipes.tiny.summary import summarise
 
 
 def main(
     output: Annotated[Path | None, typer.Option(help="JSON file for the results.")] = None,
-    runs: Annotated[Path, typer.Option(help="Directory of the runs.")] = Path("runs/baselines"),
+    runs: Annotated[Path, typer.Option(help="Folder of trainings and scores.")] = Path("runs/tiny"),
     config: Annotated[Path, typer.Option(help="Recipe of the routers.")] = Path(
         "recipes/tiny/routers.yaml"
     ),
-    seeds: Annotated[int, typer.Option(min=1)] = 3,
-    samples: Annotated[int, typer.Option(help="Held-out samples per task.")] = 200,
-    length: int = 4096,
-    batch_size: int = 50,
+    seeds: Annotated[int | None, typer.Option(min=1, help="3 by default.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Held-out samples per task.")] = None,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's.")] = None,
+    parallel: Annotated[int | None, typer.Option(min=1, help="Trainings at a time.")] = None,
+    batch_tokens: Annotated[int | None, typer.Option(help="Tokens of a batch to score.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Next to no training, to try it.")] = False,
 ) -> None:
     """Train every method with every seed, score all on the same samples, print the table."""
-    recipe = Recipe.load(config)
-    if quick:
-        runs, seeds, samples, length, batch_size = runs / "quick", 1, 2, 256, 2
-        recipe = dataclasses.replace(recipe, **QUICK, data={**recipe.data, "length": length})
-    _, tokenizer = load_backbone(TINY)
-    held_out = [
-        make_sample(task, tokenizer, length, index) for task in TASKS for index in range(samples)
+    size = QUICK if quick else FULL
+    given = {"seeds": seeds, "samples": samples}
+    size = dataclasses.replace(size, **{k: v for k, v in given.items() if v is not None})
+    runs = runs / "quick" if quick else runs
+    trainings = Trainings.of(
+        runs,
+        config,
+        QUICK_RECIPE if quick else (),
+        max_steps=max_steps,
+        parallel=parallel,
+    )
+    recipe = Recipe.load(config, trainings.common)
+    scorer = Scorer(runs / "scores", batch_tokens=batch_tokens)
+    trained = trainings.train(
+        elastic(main_target(recipe), size.seeds), static(trainings, scorer, size)
+    )
+    records = [
+        {
+            "group": run.group if run.group in BASELINES else "elastic",
+            "length": size.length,
+            "figures": scorer.score(router(trainings, run), size.length, size.samples),
+        }
+        for run in sorted(trained, key=lambda run: (run.group in BASELINES, run.group, run.seed))
     ]
-    found: dict[str, list[Any]] = {method: [] for method in METHODS}
-    for seed in range(seeds):
-        msr = 0.0
-        for method in METHODS:
-            own = dataclasses.replace(recipe, seed=seed)
-            if method != "elastic":
-                settings = {"sparsity": msr}
-                own = dataclasses.replace(own, policy=method, policy_settings=settings)
-            folder = runs / f"{method}-{seed}"
-            found[method].append(run(method, own, folder, held_out, batch_size))
-            if method == "elastic":  # tasks have the same number of samples
-                msr = float(np.mean([task["msr"] for task in found[method][-1].values()]))
+    found = summarise(records)
     report = {
-        "what": "tiny model, held-out samples: routers and static patterns, trained alike",
-        "date": date.today().isoformat(),
-        "command": " ".join(["python -m recipes.tiny.baselines", *sys.argv[1:]]),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none (CPU)",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "elasticore": ec.__version__,
-        },
+        **about(
+            "tiny model, held-out samples: routers and static patterns, trained alike",
+            "python -m recipes.tiny.baselines",
+        ),
         "settings": {
-            "seeds": seeds,
-            "samples_per_task": samples,
-            "length": length,
+            "seeds": size.seeds,
+            "samples_per_task": size.samples,
+            "length": size.length,
             "max_steps": recipe.max_steps,
             "batch_size": recipe.batch_size,
+            "dtype": scorer.dtype,
             "baselines": {name: dataclasses.asdict(kind()) for name, kind in BASELINES.items()},
         },
-        "results": {method: summarise(ones) for method, ones in found.items()},
+        "results": {method: own[str(size.length)] for method, own in found.items()},
     }
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     show(report["results"])
+    if trainings.failures:
+        raise typer.Exit(1)
 
 
 def show(results: dict[str, Any]) -> None:
@@ -146,8 +98,7 @@ def show(results: dict[str, Any]) -> None:
         for heading in (method, "Ω_MSR"):
             shown.add_column(heading, justify="right")
     for task in TASKS:
-        key = "accuracy" if TASKS[task].sensitive else "token_accuracy"
-        figures = [own[task][name] for own in results.values() for name in (key, "msr")]
+        figures = [own[task][name] for own in results.values() for name in ("score", "msr")]
         cells = [f"{figure['mean']:.3f} ± {figure['spread']:.3f}" for figure in figures]
         shown.add_row(task, *cells)
     Console(width=120).print(shown)

@@ -1,50 +1,35 @@
 """The tiny model's table: full, elastic, streaming and random static heads on held-out samples.
 
-python recipes/tiny/table.py --output benchmarks/results/tiny-elastic.json
+python -m recipes.tiny.table --output benchmarks/results/tiny-elastic.json
 """
 
 from __future__ import annotations
 
 import json
-import platform
-import sys
 from collections.abc import Iterable
-from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
-import transformers
 import typer
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
-import elasticore as ec
+from elasticore import ElasticConfig, random_head_table
 from elasticore.assets import tiny
-from elasticore.eval.tasks import TASKS, make_sample
-from elasticore.eval.teacher_forced import Score, score
-from elasticore.models.loading import TINY, load_backbone
-
-console = Console(stderr=True)
-
-
-def means(scores: list[Score]) -> dict[str, dict[str, float]]:
-    """Per task: accuracy (exact answers), loss and the sparsity ratios."""
-    table = {}
-    for task in dict.fromkeys(s.task for s in scores):
-        own = [s for s in scores if s.task == task]
-        table[task] = {
-            "samples": len(own),
-            "accuracy": float(np.mean([s.correct for s in own])),
-            "token_accuracy": float(np.mean([s.accuracy for s in own])),
-            "loss": float(np.mean([s.loss for s in own])),
-            "msr": float(np.mean([s.msr for s in own])),
-            "esr": float(np.mean([s.esr for s in own])),
-            "esr_last_query": float(np.mean([s.esr_last_query for s in own])),
-        }
-    return table
+from elasticore.eval.methods import Method
+from elasticore.eval.tasks import TASKS
+from elasticore.models.files import SETTINGS
+from recipes.tiny.about import about
+from recipes.tiny.plan import SENSITIVE
+from recipes.tiny.scores import (
+    Figures,
+    HeadTable,
+    Scorer,
+    Way,
+    mean_msr,
+    streaming_config,
+)
 
 
 def main(
@@ -60,41 +45,25 @@ def main(
     dtype: str = "float32",
 ) -> None:
     """Score every method on the same held-out samples and print the table."""
-    model, tokenizer = load_backbone(TINY, dtype)
-    held_out = [
-        make_sample(task, tokenizer, length, seed)
-        for task in track(TASKS, "samples", console=console)
-        for seed in range(samples)
-    ]
-    sensitive = [sample for sample in held_out if sample.sensitive]
-
-    def run(name: str, chosen: list[Any]) -> list[Score]:
-        def bar(batches: Iterable[Any]) -> Iterable[Any]:
-            return track(list(batches), name, console=console)
-
-        with ec.use_backend(backend):
-            return score(model, chosen, batch_size=batch_size, progress=bar)
-
-    results: dict[str, Any] = {"full": means(run("full attention", held_out))}
-    ec.load_router(model, router or tiny() / "router")
-    config = model._elasticore.config
-    elastic = run("elastic", held_out)
-    results["elastic"] = means(elastic)
-    ec.restore(model)
-    shape = model.config.num_hidden_layers, model.config.num_key_value_heads
-
-    ec.elasticize(model, config, policies=[ec.AllSparse() for _ in range(shape[0])])
-    results["streaming"] = means(run("all streaming", held_out))
-    ec.restore(model)
-
+    scorer = Scorer(dtype=dtype, batch_tokens=batch_size * length, backend=backend)
+    path = router or tiny() / "router"
+    config = ElasticConfig.from_dict(json.loads((path / SETTINGS).read_text("utf-8"))["config"])
+    window = {"sink": config.sink, "local": config.local, "block_size": config.block_size}
+    results: dict[str, Any] = {
+        name: _score(scorer, way, length, samples)
+        for name, way in {
+            "full": Method("full", "full"),
+            "elastic": Method("elastic", "router", {"path": str(path)}),
+            "streaming": Method("streaming", "streaming", window),
+        }.items()
+    }
     # Static tables spend on every input what elastic spends on average over all tasks.
-    msr = float(np.mean([s.msr for s in elastic]))
+    msr = mean_msr(results["elastic"])
     static = []
     for seed in range(tables):
-        table = ec.random_head_table(*shape, msr, seed)
-        ec.elasticize(model, config, policies=ec.fixed_policies(table))
-        static.append(means(run(f"random table {seed}", sensitive)))
-        ec.restore(model)
+        table = random_head_table(*scorer.shape, msr, seed)
+        way = HeadTable.of(f"random table {seed}", table, streaming_config(config))
+        static.append(_score(scorer, way, length, samples, SENSITIVE))
     accuracy = [float(np.mean([t["accuracy"] for t in one.values()])) for one in static]
     results["random_tables"] = {
         "count": tables,
@@ -103,16 +72,7 @@ def main(
         "best": static[int(np.argmax(accuracy))] if static else {},
     }
     report = {
-        "what": "tiny model, held-out samples",
-        "date": date.today().isoformat(),
-        "command": " ".join(["python", *sys.argv]),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none (CPU)",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "elasticore": ec.__version__,
-        },
+        **about("tiny model, held-out samples", "python -m recipes.tiny.table"),
         "settings": {
             "samples_per_task": samples,
             "length": length,
@@ -125,6 +85,14 @@ def main(
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     show(results)
+
+
+def _score(
+    scorer: Scorer, way: Way, length: int, samples: int, tasks: Iterable[str] = tuple(TASKS)
+) -> Figures:
+    """Figures per task, without how often each head was sparse."""
+    found = scorer.score(way, length, samples, tasks)
+    return {task: {k: v for k, v in own.items() if k != "sparse"} for task, own in found.items()}
 
 
 def show(results: dict[str, Any]) -> None:

@@ -10,7 +10,15 @@ from torch import Tensor
 from elasticore.layout import Segments
 from elasticore.patterns import BlockLists
 
-__all__ = ["LARGE", "capability", "listing", "listing_shape", "places", "positive_scale"]
+__all__ = [
+    "LARGE",
+    "capability",
+    "listing",
+    "listing_shape",
+    "next_power_of_two",
+    "places",
+    "positive_scale",
+]
 
 LARGE = (9, 10, 11)
 """Major compute capabilities with 227 KiB of shared memory and warpgroup instructions or newer."""
@@ -20,6 +28,11 @@ LARGE = (9, 10, 11)
 def capability(device: torch.device) -> int:
     """The major compute capability; the interpreter plays a Hopper GPU."""
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+
+
+def next_power_of_two(n: int) -> int:
+    """The smallest power of two that is not below ``n``; Triton's own takes microseconds."""
+    return 1 << max(n - 1, 0).bit_length()
 
 
 def places(segments: Segments | None) -> tuple[Tensor | None, ...]:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from elasticore.backends.triton.arguments import places
+from elasticore.backends.triton.arguments import next_power_of_two, places
 from elasticore.backends.triton.launch import aligned, integers, launch
 from elasticore.backends.triton.outputs import outputs
 from elasticore.backends.triton.tiles import LN2, SELECTED, STREAMING
@@ -133,12 +133,12 @@ def attention(
     heads = sequences * kv_heads
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *chosen_strides)
     reads = (sink * block_size, local * block_size, split)
-    padded_dim = triton.next_power_of_2(dim)
+    padded_dim = next_power_of_two(dim)
     shape = (
         kv_heads,
         group,
         block_size,
-        max(128, triton.next_power_of_2(heads)),
+        max(128, next_power_of_two(heads)),
         dim,
         padded_dim,
     )
@@ -196,13 +196,14 @@ def _keys_per_split(keys: int, rows: int, processors: int) -> int:
     keys, the programs then fill three rounds of an H200's three per processor.
     """
     least = max(256, 8 * rows)
-    return max(least, min(896, triton.next_power_of_2(keys // (4 * processors))))
+    return max(least, min(896, next_power_of_two(keys // (4 * processors))))
 
 
+@functools.cache
 def _tile(rows: int, dim: int, itemsize: int, shared_memory: int) -> Tile:
     """The tile for ``rows`` rows: as many bytes in flight as two programs per processor allow."""
-    dim = triton.next_power_of_2(dim)
-    rows = min(triton.next_power_of_2(max(rows, 16)), 128, 128 * 128 // dim)
+    dim = next_power_of_two(dim)
+    rows = min(next_power_of_two(max(rows, 16)), 128, 128 * 128 // dim)
     if itemsize == 4:  # no tensor cores: few multiplications per thread, or the registers spill
         rows = min(rows, 64 * 128 // dim)
         return Tile(rows, 16, min(max(rows * dim // 512, 4), 16), 2)

@@ -7,6 +7,7 @@ found at once.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -32,10 +33,12 @@ def launch(
     options
         Compile options, the same for every call with this key.
     """
-    kernel = _kernels.get((function, key))
+    # Kernels are there as long as their module; their own hash is slow.
+    place = (id(function), key)
+    kernel = _kernels.get(place)
     if kernel is None:
         # In the interpreter this returns None, and every launch goes this way.
-        _kernels[function, key] = function[grid](*arguments, **options)
+        _kernels[place] = function[grid](*arguments, **options)
     else:
         kernel[(*grid, 1, 1)[:3]](*arguments)
 
@@ -45,6 +48,7 @@ def aligned(*tensors: Tensor) -> tuple[bool, ...]:
     return tuple(tensor.data_ptr() % 16 == 0 for tensor in tensors)
 
 
+@functools.lru_cache(maxsize=4096)
 def integers(*values: int) -> tuple[int, ...]:
     """What Triton reads off integers: 1, a multiple of 16, and whether 32 bits hold it."""
     return tuple(

@@ -20,9 +20,11 @@ from elasticore.backends.triton.arguments import (
     capability,
     listing,
     listing_shape,
+    next_power_of_two,
     places,
     positive_scale,
 )
+from elasticore.backends.triton.launch import aligned, integers, launch
 from elasticore.backends.triton.outputs import outputs
 from elasticore.backends.triton.schedule import schedule
 from elasticore.backends.triton.tiles import LN2, SELECTED, STREAMING, locate, visit
@@ -134,39 +136,50 @@ def attention(
         sink=sink,
         local=local,
     )
-    padded_dim = triton.next_power_of_2(head_dim)
+    padded_dim = next_power_of_two(head_dim)
     descriptors = _has_descriptors(k) and _has_descriptors(v)
     box = [1, 1, tiling.keys, padded_dim]
-    _attend[(work.tiles.shape[0] * (heads // kv_heads),)](
-        q,
-        TensorDescriptor.from_tensor(k, box) if descriptors else k,
-        TensorDescriptor.from_tensor(v, box) if descriptors else v,
-        out,
-        lse,
-        modes.contiguous(),
-        *places(segments),
-        *listing(lists),
-        work.tiles,
-        work.total,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *out.stride()[:3],
-        queries,
-        k.shape[2],
-        kv_heads,
-        *listing_shape(lists),
-        sink,
-        local,
-        scale * math.log2(math.e),
-        GROUP=heads // kv_heads,
-        DIM=head_dim,
-        PADDED_DIM=padded_dim,
-        BLOCK=block_size,
-        ROWS=tiling.rows,
-        KEYS=tiling.keys,
-        STAGES=tiling.stages,
-        DESCRIPTORS=descriptors,
+    indices, counts = listing(lists)
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3])
+    constants = (
+        *(heads // kv_heads, head_dim, padded_dim, block_size),
+        *(tiling.rows, tiling.keys, tiling.stages, descriptors),
+    )
+    launch(
+        _attend,
+        (work.tiles.shape[0] * (heads // kv_heads),),
+        (
+            q,
+            _Descriptor(k, k.shape, k.stride(), box) if descriptors else k,
+            _Descriptor(v, v.shape, v.stride(), box) if descriptors else v,
+            out,
+            lse,
+            modes.contiguous(),
+            *places(segments),
+            indices,
+            counts,
+            work.tiles,
+            work.total,
+            *strides,
+            queries,
+            k.shape[2],
+            kv_heads,
+            *listing_shape(lists),
+            sink,
+            local,
+            scale * math.log2(math.e),
+            *constants,
+        ),
+        (
+            q.device,
+            q.dtype,
+            segments is None,
+            None if lists is None else (lists.indices.dtype, lists.counts.dtype),
+            constants,
+            tiling,
+            aligned(q, k, v),
+            integers(*strides),
+        ),
         num_warps=tiling.warps,
     )
     return out, lse
@@ -192,6 +205,13 @@ def _has_descriptors(x: Tensor) -> bool:
         and x.data_ptr() % 16 == 0
         and all(stride > 0 and stride % 8 == 0 for stride in x.stride()[:3])
     )
+
+
+class _Descriptor(TensorDescriptor):
+    """A descriptor of a tensor that :func:`_has_descriptors` has looked at."""
+
+    def __post_init__(self) -> None:
+        pass
 
 
 @triton.jit(

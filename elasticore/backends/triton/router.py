@@ -13,13 +13,14 @@ its modules where the answer is no.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from elasticore.backends.triton.arguments import next_power_of_two
+from elasticore.backends.triton.launch import aligned, integers, launch
 from elasticore.layout import Segments
 
 __all__ = ["route", "supports"]
@@ -101,6 +102,9 @@ def _launch(
     boundary: int,
     parameters: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
+    if keys.is_cuda and keys.device.index != torch.cuda.current_device():
+        with torch.cuda.device(keys.device):  # Triton launches on the current one
+            return _launch(keys, row, start, length, boundary, parameters)
     decisions, logits = _outputs(keys, row)
     dim, pairs, slices = keys.shape[3], decisions.numel(), parameters[0].shape[0] // SLICE
     if pairs == 0:
@@ -108,18 +112,30 @@ def _launch(
     task, final = (keys.new_empty(pairs, slices, dim, dtype=torch.float32) for _ in range(2))
     finished = keys.new_empty(pairs, dtype=torch.int32)
     up, up_bias, down, down_bias, *router = parameters
+    places = row.contiguous(), start.contiguous(), length.contiguous()
     slots = _slots(boundary)
-    with torch.cuda.device(keys.device) if keys.is_cuda else nullcontext():
-        _task_slice[(pairs, slices)](
-            keys, row.contiguous(), start.contiguous(), length.contiguous(), *keys.stride(),
-            keys.shape[2], up, up_bias, down, task, finished,
-            BOUNDARY=boundary, SLOTS=slots, DIM=dim, SLICES=slices, SLICE=SLICE,
-            num_warps=min(max(slots * dim // 4096, 4), 16),
-        )  # fmt: skip
-        _router_slice[(pairs, slices)](
-            task, down_bias, *router, final, finished, logits, decisions,
-            DIM=dim, SLICES=slices, SLICE=SLICE, num_warps=max(dim // 32, 4),
-        )  # fmt: skip
+    sizes = dim, slices, SLICE
+    key = (
+        *(keys.device, keys.dtype, row.dtype, start.dtype, length.dtype, boundary, sizes),
+        *(aligned(keys, *places, *parameters), integers(*keys.stride())),
+    )
+    launch(
+        _task_slice,
+        (pairs, slices),
+        (
+            *(keys, *places, *keys.stride(), keys.shape[2], up, up_bias, down, task, finished),
+            *(boundary, slots, *sizes),
+        ),
+        key,
+        num_warps=min(max(slots * dim // 4096, 4), 16),
+    )
+    launch(
+        _router_slice,
+        (pairs, slices),
+        (task, down_bias, *router, final, finished, logits, decisions, *sizes),
+        key,
+        num_warps=max(dim // 32, 4),
+    )
     return decisions, logits
 
 
@@ -145,7 +161,7 @@ def _outputs(keys: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _slots(boundary: int) -> int:
-    return triton.next_power_of_2(2 * boundary)
+    return next_power_of_two(2 * boundary)
 
 
 @triton.jit(do_not_specialize=["kv_heads"])

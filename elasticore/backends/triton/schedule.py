@@ -82,7 +82,7 @@ def schedule(
     most = queries // tile + 2  # tiles of one sequence
     launch(
         _order,
-        (pairs, triton.cdiv(most, SPAN.value)),
+        (pairs, -(-most // SPAN.value)),
         (
             modes,
             None if segments is None else segments.query_length.contiguous(),

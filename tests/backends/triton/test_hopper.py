@@ -5,14 +5,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from elasticore import HeadMode, testing
 from elasticore.backends.triton import kernels
+from elasticore.backends.triton.hopper import memory
 from elasticore.testing import Case
 
 COMPILE = """
@@ -82,6 +87,25 @@ def test_compiles_without_a_gpu(module: str, kernel: str, blocks: dict[str, int]
     assert done.returncode == 0, done.stderr[-3000:]
     for shared in done.stdout.split():
         assert int(shared) <= 232448, "more shared memory than a Hopper multiprocessor gives"
+
+
+@given(
+    shape=st.tuples(*[st.integers(1, 3)] * 3),
+    strides=st.permutations([64, 192, 576]) | st.tuples(*[st.sampled_from([0, 1, 8, 68, 192])] * 3),
+    shift=st.sampled_from([0, 0, 1, 4, 8]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+)
+def test_descriptors_pass_the_checks_that_they_skip(
+    shape: tuple[int, ...], strides: Sequence[int], shift: int, dtype: torch.dtype
+) -> None:
+    x = torch.empty(2**12, dtype=dtype)[shift:].as_strided((*shape, 64), (*strides, 1))
+    if memory.copyable(x):
+        ours = memory.descriptor(x, 64)
+        fields = ours.base, ours.shape, ours.strides, ours.block_shape, ours.layout
+        assert vars(TensorDescriptor(*fields)) == vars(ours)
+    else:
+        used = [step for step, size in zip(strides, shape, strict=True) if size > 1]
+        assert shift % 8 or any(step == 0 or step % 8 for step in used)
 
 
 RUNS = 120

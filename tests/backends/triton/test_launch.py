@@ -29,12 +29,15 @@ def tensors(order: str, shift: int, dtype: torch.dtype) -> list[Tensor]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["hopper", "decode", "training"])
+@pytest.mark.parametrize("name", ["hopper", "portable", "decode", "training"])
 def test_no_call_gets_a_kernel_made_for_another(name: str) -> None:
     if "hopper" not in kernels.KERNELS or torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a Hopper GPU (compute capability 9.0)")
     calls = []
-    orders, shifts = ("heads first", "tokens first"), ((0, 1) if name == "decode" else (0, 8))
+    orders, shifts = (
+        ("heads first", "tokens first"),
+        ((0, 1) if name in ("decode", "portable") else (0, 8)),
+    )
     for order, shift, dtype, layout, off in itertools.product(
         orders, shifts, (torch.bfloat16, torch.float16), ("dense", "packed"), (0, 1)
     ):

@@ -6,10 +6,10 @@ schedule and has the copy engine bring what they need; two consumer warpgroups c
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from elasticore.attention import Verdict
+from elasticore.backends.triton.arguments import capability
 from elasticore.backends.triton.hopper.dkv import key_value_gradients
 from elasticore.backends.triton.hopper.dq import query_gradient
 from elasticore.backends.triton.hopper.forward import attention
@@ -31,7 +31,7 @@ def supports(q: Tensor, k: Tensor, v: Tensor, *, scale: float, block_size: int) 
 
     Looks at sizes, strides and addresses only; nothing is read from the device.
     """
-    if not q.is_cuda or torch.cuda.get_device_capability(q.device) != (9, 0):
+    if not q.is_cuda or capability(q.device) != 9:
         return Verdict(False, "the Hopper kernels need a GPU of compute capability 9.0.")
     if q.dtype not in DTYPES:
         return Verdict(False, f"the Hopper kernels compute in bfloat16 and float16, not {q.dtype}.")

@@ -38,18 +38,38 @@ copy_masked = getattr(async_copy, "async_load", None) or async_copy.async_copy_g
 
 def copyable(x: Tensor) -> bool:
     """Whether the copy engine can read ``x`` ``[B, H, T, D]`` in 16 bits where it lies."""
-    strides = [x.stride(axis) for axis in range(3) if x.shape[axis] > 1]
-    aligned = not (x.data_ptr() % 16 or any(stride * 2 % 16 or stride <= 0 for stride in strides))
-    return aligned and x.stride(3) == 1
+    return x.data_ptr() % 16 == 0 and _fits(x.shape, x.stride())
+
+
+@functools.lru_cache(maxsize=4096)
+def _fits(shape: torch.Size, strides: tuple[int, ...]) -> bool:
+    used = [s for s, size in zip(strides[:3], shape[:3], strict=True) if size > 1]
+    return strides[3] == 1 and all(stride > 0 and stride % 8 == 0 for stride in used)
+
+
+class _Descriptor(TensorDescriptor):
+    """A descriptor of a :func:`copyable` tensor, which need not be looked at again."""
+
+    def __post_init__(self) -> None:
+        pass
 
 
 def descriptor(x: Tensor, rows: int) -> TensorDescriptor:
     """What the copy engine needs to read ``rows`` tokens of one head of ``x`` at a time."""
-    dim = x.shape[3]
+    return _Descriptor(x, *_box(x.shape, x.stride(), x.dtype, rows))
+
+
+@functools.lru_cache(maxsize=4096)
+def _box(
+    shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, rows: int
+) -> tuple[list[int], list[int], list[int], gl.NVMMASharedLayout]:
+    """Shape, strides, the shape of a copy, and how that lies in shared memory."""
+    dim = shape[3]
+    block = [1, 1, rows, dim]
     # The stride of an axis of one entry is never used, but has to be a valid one.
-    strides = [x.stride(axis) if x.shape[axis] > 1 else dim for axis in range(3)]
-    layout = _layout(rows, dim, x.dtype)
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, dim], layout)
+    valid = [s if size > 1 else dim for s, size in zip(strides[:3], shape[:3], strict=True)]
+    layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES[dtype])
+    return list(shape), [*valid, 1], block, layout
 
 
 def strides_by_8(x: Tensor) -> tuple[int, ...]:
@@ -59,11 +79,6 @@ def strides_by_8(x: Tensor) -> tuple[int, ...]:
     multiples of 32 bytes only. The stride of an axis of one entry is never used, and 0 here.
     """
     return tuple(x.stride(axis) // 8 if x.shape[axis] > 1 else 0 for axis in range(3))
-
-
-@functools.cache
-def _layout(rows: int, dim: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, dim], DTYPES[dtype])
 
 
 @functools.cache

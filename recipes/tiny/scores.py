@@ -1,0 +1,261 @@
+"""Scores of ways to attend, each kept in a file so that none is measured twice."""
+
+from __future__ import annotations
+
+import copy
+import json
+import platform
+import time
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from rich.progress import track
+from torch import Tensor
+
+import elasticore as ec
+from elasticore.eval.methods import Method
+from elasticore.eval.tasks import TASKS, Sample, make_sample
+from elasticore.eval.teacher_forced import Score, score
+from elasticore.models.loading import TINY, load_backbone
+from recipes.tiny.runs import console
+
+__all__ = [
+    "HeadTable",
+    "Scorer",
+    "Stretched",
+    "Way",
+    "means",
+    "mean_msr",
+    "streaming_config",
+    "value",
+]
+
+Figures = dict[str, dict[str, Any]]
+"""Per task, figures by name."""
+
+ROUTER = "router.safetensors"
+
+
+class Way(Protocol):
+    """A way to attend: a :class:`Method` of the library, or a head table."""
+
+    name: str
+
+    def on(self, model: Any) -> Any:
+        """A context in which the model attends like this."""
+
+
+@dataclass(frozen=True)
+class HeadTable:
+    """The same heads stream for every input.
+
+    Attributes
+    ----------
+    name
+        As it is shown, and of its file.
+    sparse
+        Per layer, 1 for the heads that stream.
+    config
+        What they read.
+    """
+
+    name: str
+    sparse: tuple[tuple[int, ...], ...]
+    config: ec.ElasticConfig = field(repr=False)
+
+    @classmethod
+    def of(cls, name: str, table: Tensor, config: ec.ElasticConfig) -> HeadTable:
+        """From a bool tensor ``[layers, kv_heads]``."""
+        return cls(name, tuple(tuple(map(int, row)) for row in table.tolist()), config)
+
+    @contextmanager
+    def on(self, model: Any) -> Iterator[None]:
+        """See :class:`Way`."""
+        ec.elasticize(model, self.config, policies=ec.fixed_policies(self.sparse))
+        try:
+            yield
+        finally:
+            ec.restore(model)
+
+
+@dataclass(frozen=True)
+class Stretched:
+    """Another way on positions that are stretched by YaRN, for prompts beyond the trained length.
+
+    Attributes
+    ----------
+    way
+        What attends.
+    factor
+        Length over trained length.
+    """
+
+    way: Way
+    factor: float
+
+    @property
+    def name(self) -> str:
+        """As it is shown, and of its file."""
+        return f"{self.way.name}+yarn"
+
+    @contextmanager
+    def on(self, model: Any) -> Iterator[None]:
+        """See :class:`Way`."""
+        base = model.base_model
+        config = copy.deepcopy(model.config)
+        config.rope_parameters = {
+            "rope_type": "yarn",
+            "rope_theta": config.rope_parameters["rope_theta"],
+            "factor": self.factor,
+            "original_max_position_embeddings": config.max_position_embeddings,
+        }
+        plain = base.rotary_emb
+        base.rotary_emb = type(plain)(config).to(model.device)
+        try:
+            with self.way.on(model):
+                yield
+        finally:
+            base.rotary_emb = plain
+
+
+class Scorer:
+    """The backbone and its held-out samples, with what was measured before.
+
+    Parameters
+    ----------
+    folder
+        Holds a file per way and length; None keeps nothing.
+    dtype
+        Of the backbone; ``auto`` is bfloat16 on a GPU, as in training, and float32 on a CPU.
+    batch_tokens
+        Tokens of a batch; by default 200K on a GPU and 8K on a CPU.
+    backend
+        What runs the attention.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None = None,
+        *,
+        dtype: str = "auto",
+        batch_tokens: int | None = None,
+        backend: str = "auto",
+    ) -> None:
+        cuda = torch.cuda.is_available()
+        self.folder, self.backend = folder, backend
+        self.dtype = dtype if dtype != "auto" else "bfloat16" if cuda else "float32"
+        self.batch_tokens = batch_tokens or (204_800 if cuda else 8_192)
+        self.model, self.tokenizer = load_backbone(TINY, self.dtype)
+        self.shape = self.model.config.num_hidden_layers, self.model.config.num_key_value_heads
+        self._samples: dict[tuple[str, int], list[Sample]] = {}
+
+    def samples(self, task: str, length: int, count: int) -> list[Sample]:
+        """The first ``count`` held-out samples of a task."""
+        there = self._samples.setdefault((task, length), [])
+        for index in range(len(there), count):
+            there.append(make_sample(task, self.tokenizer, length, index))
+        return there[:count]
+
+    def score(
+        self, way: Way, length: int, count: int, tasks: Iterable[str] = tuple(TASKS)
+    ) -> Figures:
+        """Figures per task (:func:`means`), and of a router ``sparse``, how often each head was.
+
+        Read from the file of an earlier call, if its way was the same.
+        """
+        tasks = list(tasks)
+        about = {
+            "way": _identity(way),
+            "tasks": tasks,
+            "length": length,
+            "samples": count,
+            "dtype": self.dtype,
+            "text": f"standard library of Python {platform.python_version()}",
+        }
+        file = self.folder and self.folder / f"{way.name}-{length}.json"
+        if file and file.is_file():
+            there = json.loads(file.read_text(encoding="utf-8"))
+            if there["about"] == about:
+                return there["figures"]
+        since = time.perf_counter()
+        with way.on(self.model), ec.use_backend(self.backend):
+            figures = {task: self._score(way, self.samples(task, length, count)) for task in tasks}
+        seconds = round(time.perf_counter() - since, 1)
+        console.print(f"{way.name}: scored at {length:,} in {seconds} s", highlight=False)
+        if file:
+            found = {"about": about, "seconds": seconds, "figures": figures}
+            file.parent.mkdir(parents=True, exist_ok=True)
+            beside = file.with_suffix(".tmp")
+            beside.write_text(json.dumps(found), encoding="utf-8")
+            beside.replace(file)
+        return figures
+
+    def _score(self, way: Way, samples: list[Sample]) -> dict[str, Any]:
+        label = f"{way.name}: {samples[0].task}"
+
+        def bar(batches: Iterable[Any]) -> Iterable[Any]:
+            shown = {"console": console, "transient": True, "disable": not console.is_terminal}
+            return track(list(batches), label, **shown)
+
+        size = max(1, self.batch_tokens // samples[0].stop)
+        with ec.record() as trace:
+            found = score(self.model, samples, batch_size=size, progress=bar)
+        figures: dict[str, Any] = means(found)[samples[0].task]
+        if isinstance(way, Method) and way.kind == "router":
+            decided = [one.decisions for one in trace.passes if one.prefill]
+            figures["sparse"] = torch.cat(decided, 1).double().mean(1).tolist()
+        return figures
+
+
+def _identity(way: Way) -> dict[str, Any]:
+    """What must be the same for two ways to be the same one; routers count by their weights."""
+    if isinstance(way, Stretched):
+        return {"yarn": way.factor, "way": _identity(way.way)}
+    if isinstance(way, HeadTable):
+        return {"table": [list(row) for row in way.sparse], "config": way.config.to_dict()}
+    assert isinstance(way, Method)
+    settings = dict(way.settings)
+    if "path" in settings:
+        folder = Path(settings.pop("path"))
+        settings["crc32"] = zlib.crc32((folder / ROUTER).read_bytes())
+    return {"kind": way.kind, "settings": settings}
+
+
+def means(scores: list[Score]) -> Figures:
+    """Per task: accuracy (exact answers), loss and the sparsity ratios."""
+    table = {}
+    for task in dict.fromkeys(s.task for s in scores):
+        own = [s for s in scores if s.task == task]
+        table[task] = {
+            "samples": len(own),
+            "accuracy": float(np.mean([s.correct for s in own])),
+            "token_accuracy": float(np.mean([s.accuracy for s in own])),
+            "loss": float(np.mean([s.loss for s in own])),
+            "msr": float(np.mean([s.msr for s in own])),
+            "esr": float(np.mean([s.esr for s in own])),
+            "esr_last_query": float(np.mean([s.esr_last_query for s in own])),
+        }
+    return table
+
+
+def value(task: str, figures: dict[str, Any]) -> float:
+    """The score of a task: exact answers if it is sensitive, else right tokens."""
+    return float(figures["accuracy" if TASKS[task].sensitive else "token_accuracy"])
+
+
+def mean_msr(figures: Figures) -> float:
+    """Ω_MSR over all tasks, each of the same weight."""
+    return float(np.mean([one["msr"] for one in figures.values()]))
+
+
+def streaming_config(config: ec.ElasticConfig) -> ec.ElasticConfig:
+    """What a streaming head reads under ``config``, without what else it says."""
+    return ec.ElasticConfig(
+        "fa-ssa", sink=config.sink, local=config.local, block_size=config.block_size
+    )
