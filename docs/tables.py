@@ -61,10 +61,15 @@ def smallest(results: Any, path: str) -> Any:
 
 
 def cell(value: object) -> str:
-    """One value as text: three decimals, one from 100 on; thousands apart; a dash for None."""
+    """One value as text: three decimals, one from 100 on; thousands apart; a dash for None.
+
+    What three decimals would make a zero of is written with an exponent.
+    """
     if value is None:
         return "–"
     if isinstance(value, float):
+        if 0 < abs(value) < 5e-4:
+            return f"{value:.1e}"
         return f"{value:,.3f}" if abs(value) < 100 else f"{value:,.1f}"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"

@@ -149,7 +149,7 @@ def _front(report: Report, path: Path) -> Path:
     axes[0].set_title("retrieval: right answers")
     axes[0].set_ylim(-0.03, 1.05)
     axes[1].set_title("text: loss added to full attention's")
-    axes[1].yaxis.set_major_formatter(pyplot().FuncFormatter(lambda v, _: f"{v:.1%}"))
+    axes[1].yaxis.set_major_formatter(pyplot().FuncFormatter(lambda v, _: f"{v:.2%}"))
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
     return save(figure, path, DPI)

@@ -81,7 +81,7 @@ def write_report(report: Report, output: Path) -> Path:
         examples=[
             {**one, "table": answer_table(one)} for one in report["analyses"].get("examples", [])
         ],
-        limits=LIMITS,
+        limits=[*report.get("notes", []), *LIMITS],
     )
     path = output / "report.html"
     path.write_text(page, encoding="utf-8")

@@ -224,14 +224,17 @@ class Trainings:
         ]
         threads = max(1, (os.cpu_count() or 1) // self.parallel)
         environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        environment |= os.environ
         if torch.cuda.device_count() > 1:  # a training takes one; they take turns
-            self._started += 1
-            environment["CUDA_VISIBLE_DEVICES"] = str(self._started % torch.cuda.device_count())
+            there = [str(number) for number in range(torch.cuda.device_count())]
+            there = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(there)).split(",")
+            environment["CUDA_VISIBLE_DEVICES"] = there[self._started % len(there)]
+        self._started += 1
         log = (folder / LOG).open("ab")
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=os.environ | environment,
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -262,9 +262,9 @@ def _training(report: Report) -> str:
         return float(np.mean([run["history"][place][figure] for run in found["runs"]]))
 
     return (
-        f"As the mean over the seeds ({len(found['runs'])}), the LM loss goes from {mean(0, 'lm_loss'):.2f} to "
-        f"{mean(-1, 'lm_loss'):.2f} and the penalty from {mean(0, 'penalty'):.2f} to "
-        f"{mean(-1, 'penalty'):.2f} between the first log and the last."
+        f"As the mean over the seeds ({len(found['runs'])}), the LM loss goes from "
+        f"{mean(0, 'lm_loss'):.2f} to {mean(-1, 'lm_loss'):.2f} and the penalty from "
+        f"{mean(0, 'penalty'):.2f} to {mean(-1, 'penalty'):.2f} between the first log and the last."
     )
 
 

@@ -12,10 +12,9 @@ pytest.importorskip("benchmarks.several_gpus", reason="the benchmarks are not he
 
 def test_every_way_gives_the_gradients_of_one_process(tmp_path):
     output = tmp_path / "results.json"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     subprocess.run(
-        [*launch, "--nproc-per-node", "2", "-m", "benchmarks.several_gpus"]
-        + ["--small", "--output", str(output)],
+        [*launch, "-m", "benchmarks.several_gpus", "--small", "--output", str(output)],
         check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         timeout=300,

@@ -255,7 +255,8 @@ def test_activations_are_what_the_router_decides_by(shipped):
             with ec.record() as trace, torch.no_grad():
                 model(ids, use_cache=False)
                 logits = router.router_mlp(found.after[task][row].view(4, 32).to(model.device))
-            assert torch.equal((logits[:, 1] >= logits[:, 0]).long(), trace.decisions[4, 0].long())
+            decided = (logits[:, 1] >= logits[:, 0]).cpu()
+            assert torch.equal(decided, trace.decisions[4, 0].bool().cpu())
         assert not router._forward_pre_hooks
         with pytest.raises(ValueError, match="layer must be from 0 to 7, got 8"):
             router_activations(model, samples, layer=8)

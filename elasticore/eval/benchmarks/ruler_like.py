@@ -13,7 +13,7 @@ __all__ = ["RulerLike", "load_ruler_like"]
 
 
 class RulerLike(BenchmarkTask):
-    """One task of :data:`~elasticore.eval.ruler_like.RULER_LIKE` at one length.
+    """One task of ``elasticore.eval.ruler_like.RULER_LIKE`` at one length.
 
     Parameters
     ----------
