@@ -69,6 +69,14 @@ class SequenceLayout:
                 f"kind={self.kind!r} does not fit the other fields; build a layout with "
                 "SequenceLayout.dense(), .padded(...), .from_attention_mask(...) or .packed(...)."
             )
+        for name in ("first", "last", "query_offset", "cu_queries", "cu_keys"):
+            value = getattr(self, name)
+            # Kernels are compiled for 64 bits, and would misread others.
+            if value is not None and not (isinstance(value, Tensor) and value.dtype == torch.int64):
+                raise ValueError(
+                    f"{name} must be an int64 tensor, got {_describe(value)}; "
+                    "SequenceLayout.padded and SequenceLayout.packed take any integers."
+                )
 
     @classmethod
     def dense(cls) -> SequenceLayout:

@@ -229,3 +229,12 @@ def test_layout_on_another_device() -> None:
 def test_bad_constructors(make: Callable[[], SequenceLayout], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float32])
+def test_a_layout_made_by_hand_holds_64_bits(dtype: torch.dtype) -> None:
+    ends = torch.tensor([0, 4, 9], dtype=dtype)
+    with pytest.raises(ValueError, match=r"cu_queries must be an int64 tensor.*packed take any"):
+        SequenceLayout("packed", cu_queries=ends, cu_keys=ends)
+    if dtype is torch.int32:
+        assert SequenceLayout.packed(ends).cu_keys.dtype is torch.int64  # type: ignore[union-attr]

@@ -79,7 +79,7 @@ def main(
             "max_steps": recipe.max_steps,
             "batch_size": recipe.batch_size,
             "dtype": scorer.dtype,
-            "baselines": {name: dataclasses.asdict(kind()) for name, kind in BASELINES.items()},
+            "baselines": {run.name: list(run.changes) for run in trained if run.group in BASELINES},
         },
         "results": {method: own[str(size.length)] for method, own in found.items()},
     }

@@ -41,6 +41,12 @@ QUICK_RECIPE = (
 
 # The sizes of the paper's Table 6 divided by 16, as the tiny model has 4,096 tokens for its 65,536.
 _WINDOW = {"block": 32, "sink": 32, "local": 128}
+STEP_SIZES = {"prulong": ("policy_settings.lr=0.1", "policy_settings.multiplier_lr=0.1")}
+"""Where a static method needs others than it was published with.
+
+PruLong's is 1, for 1,000 steps. In a few hundred its gates settle before they have learnt.
+"""
+
 SELECTORS: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"xattention-{t}": ("xattention", {"threshold": t}) for t in (0.7, 0.8, 0.9, 0.95)},
     "moba": ("moba", {"block": 64, "top_k": 8}),
@@ -169,7 +175,7 @@ def static(trainings: Trainings, scorer: Scorer, size: Size) -> Callable[[Run], 
             msr = mean_msr(scorer.score(router(trainings, run), size.length, size.samples))
             for policy in size.methods:
                 changes = (f"policy={policy}", f"policy_settings.sparsity={msr:.4f}")
-                yield Run(policy, run.seed, changes)
+                yield Run(policy, run.seed, (*changes, *STEP_SIZES.get(policy, ())))
 
     return then
 
