@@ -81,7 +81,8 @@ def write_report(report: Report, output: Path) -> Path:
         examples=[
             {**one, "table": answer_table(one)} for one in report["analyses"].get("examples", [])
         ],
-        limits=[*report.get("notes", []), *LIMITS],
+        notes=report.get("notes", []),  # written into the figures by hand
+        limits=LIMITS,
     )
     path = output / "report.html"
     path.write_text(page, encoding="utf-8")
