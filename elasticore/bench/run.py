@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import gc
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -81,6 +82,7 @@ def run_engine(
     *,
     device: torch.device,
     asked: bool = False,
+    closing: ExitStack | None = None,
 ) -> Record:
     """Run one engine on one case.
 
@@ -92,6 +94,8 @@ def run_engine(
         Times the call.
     asked
         Whether the engine was asked for by name, and runs where it is left out otherwise.
+    closing
+        Closes the engine later, where the stopwatch only notes the call; by default at the end.
     """
     record = Record(engine.name, engine.peer)
     verdict = engine.available(case, device)
@@ -102,8 +106,8 @@ def run_engine(
     if record.skipped:
         return record
     try:
-        with torch.no_grad():
-            _measure(engine, work(), stopwatch, record)
+        with torch.no_grad(), ExitStack() as own:
+            _measure(engine, work(), stopwatch, record, own if closing is None else closing)
     except UnsupportedRequest as error:
         record.skipped = str(error)
     except Exception as error:  # whatever happens to one engine must not end the others' run
@@ -115,25 +119,28 @@ def run_engine(
     return record
 
 
-def _measure(engine: Engine, work: Work, stopwatch: Stopwatch, record: Record) -> None:
+def _measure(
+    engine: Engine, work: Work, stopwatch: Stopwatch, record: Record, closing: ExitStack
+) -> None:
     ready = engine.prepare(work)
-    try:
-        record.plan_ms, record.details = ready.plan_ms, dict(ready.details)
-        record.difference = work.difference(ready.call())
-        if record.difference is not None and not record.difference <= work.tolerance:
-            record.failed = (
-                f"its output differs from the reference by {record.difference:.2g} (allowed: "
-                f"{work.tolerance:.2g})."
-            )
-            return
-        stopwatch(ready.call, record)
-    finally:
-        ready.close()
-    if record.ms:
-        if work.flops:
-            record.tflops = work.flops / record.ms / 1e9
-        if work.bytes:
-            record.gb_s = work.bytes / record.ms / 1e6
+    closing.callback(ready.close)
+    record.plan_ms, record.details = ready.plan_ms, dict(ready.details)
+    record.difference = work.difference(ready.call())
+    if record.difference is not None and not record.difference <= work.tolerance:
+        record.failed = (
+            f"its output differs from the reference by {record.difference:.2g} (allowed: "
+            f"{work.tolerance:.2g})."
+        )
+        return
+    stopwatch(ready.call, record)
+    _add_rates(record, work)
+
+
+def _add_rates(record: Record, work: Work) -> None:
+    if record.ms and work.flops:
+        record.tflops = work.flops / record.ms / 1e9
+    if record.ms and work.bytes:
+        record.gb_s = work.bytes / record.ms / 1e6
 
 
 @dataclass
@@ -207,13 +214,22 @@ class Session:
                 _note(self.clock.measure(call), record)
 
         records = []
-        for engine in engines:
-            step(case, engine)
-            records.append(run_engine(case, engine, work, stopwatch, device=device, asked=asked))
-        with torch.no_grad():
+        with ExitStack() as ends, torch.no_grad():  # until then, those in turns stay prepared
+            closing = ends if case.in_turns else None
+            for engine in engines:
+                step(case, engine)
+                records.append(
+                    run_engine(
+                        *(case, engine, work, stopwatch),
+                        device=device,
+                        asked=asked,
+                        closing=closing,
+                    )
+                )
             timings = self.clock.take_turns([call for _, call in waiting])
         for timing, (record, _) in zip(timings, waiting, strict=True):
             _note(timing, record)
+            _add_rates(record, work())
         waiting.clear()
         work.cache_clear()
         gc.collect()

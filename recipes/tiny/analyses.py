@@ -22,7 +22,7 @@ from elasticore.train import Recipe
 from elasticore.train.curves import read_curves, to_json
 from recipes.tiny.plan import Size, main_target, router
 from recipes.tiny.runs import Run, Trainings, console
-from recipes.tiny.scores import Scorer, streaming_config
+from recipes.tiny.scores import Scorer, identity, streaming_config
 
 __all__ = ["analyse"]
 
@@ -32,7 +32,10 @@ QUESTION = 60  # tokens of a prompt's end that an example shows
 def analyse(
     trainings: Trainings, scorer: Scorer, size: Size, trained: Sequence[Run], failed: list[Any]
 ) -> dict[str, Any]:
-    """All analyses by name; each is kept in a file, and one that fails is noted."""
+    """All analyses by name; each is kept in a file, and one that fails is noted.
+
+    A file counts if it is of the same trainings and settings.
+    """
     recipe = Recipe.load(trainings.config, trainings.common)
     config = streaming_config(ec.ElasticConfig.from_dict(recipe.elastic))
     group = f"elastic-t{main_target(recipe):g}"
@@ -45,16 +48,25 @@ def analyse(
     parts: dict[str, Callable[[], Any]] = {
         "sparsification": lambda: sparsification(scorer, samples, config, size),
     }
+    ways = [Method("full", "full"), *(router(trainings, run) for run in main[:1])]
+    ways += [router(trainings, run) for run in trained if (run.group, run.seed) == ("duo", 0)]
+    about = {
+        "ways": [identity(way) for way in (*ways, *(router(trainings, run) for run in main[1:]))],
+        "config": config.to_dict(),
+        "length": size.length,
+        "samples": size.analysis_samples,
+        "ratios": list(size.ratios),
+        "dtype": scorer.dtype,
+    }
     if main:
-        ways = [Method("full", "full"), router(trainings, main[0])]
-        ways += [router(trainings, run) for run in trained if (run.group, run.seed) == ("duo", 0)]
         parts["similarity"] = lambda: similarity(scorer, samples, router(trainings, main[0]))
         parts["curves"] = lambda: curves(trainings, main)
         parts["examples"] = lambda: examples(scorer, samples, ways)
     found = {}
     for name, part in parts.items():
         file = trainings.folder / "analyses" / f"{name}.json"
-        if not file.is_file():
+        kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if kept.get("about") != about:
             try:
                 result = part()
             except Exception as error:  # the others are worth having
@@ -64,8 +76,9 @@ def analyse(
                 failed.append({"name": name, "text": text})
                 continue
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(result), encoding="utf-8")
-        found[name] = json.loads(file.read_text(encoding="utf-8"))
+            kept = json.loads(json.dumps({"about": about, "result": result}))
+            file.write_text(json.dumps(kept), encoding="utf-8")
+        found[name] = kept["result"]
     return found
 
 

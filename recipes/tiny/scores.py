@@ -30,6 +30,7 @@ __all__ = [
     "Scorer",
     "Stretched",
     "Way",
+    "identity",
     "means",
     "mean_msr",
     "streaming_config",
@@ -171,7 +172,7 @@ class Scorer:
         """
         tasks = list(tasks)
         about = {
-            "way": _identity(way),
+            "way": identity(way),
             "tasks": tasks,
             "length": length,
             "samples": count,
@@ -213,10 +214,10 @@ class Scorer:
         return figures
 
 
-def _identity(way: Way) -> dict[str, Any]:
+def identity(way: Way) -> dict[str, Any]:
     """What must be the same for two ways to be the same one; routers count by their weights."""
     if isinstance(way, Stretched):
-        return {"yarn": way.factor, "way": _identity(way.way)}
+        return {"yarn": way.factor, "way": identity(way.way)}
     if isinstance(way, HeadTable):
         return {"table": [list(row) for row in way.sparse], "config": way.config.to_dict()}
     assert isinstance(way, Method)

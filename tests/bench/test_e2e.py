@@ -13,8 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import elasticore as ec
 from elasticore import ElasticConfig, elasticize, is_elastic, random_head_table
 from elasticore.backends.serial import SerialAttention
-from elasticore.bench.cases import cases_of
-from elasticore.bench.e2e import E2eCase, E2eWork, Elastic, Unchanged
+from elasticore.bench.cases import Ready, cases_of
+from elasticore.bench.e2e import E2eCase, E2eWork, Elastic, FirstToken, Unchanged
 from elasticore.bench.report import read_json, write_json
 from elasticore.bench.run import Record, Session
 from elasticore.bench.speedups import FULL, lines, speedups
@@ -189,6 +189,27 @@ def test_engines_of_a_case_are_timed_in_turns(work):
     assert len({record.runs for record in records}) == 1
     sdpa, fa, xa = records
     assert fa.ratios == {"sdpa": sdpa.ms / fa.ms, "xa-ssa-0.7": xa.ms / fa.ms}
+
+
+def test_engines_stay_prepared_until_their_turns_are_over(monkeypatch):
+    happened = []
+
+    def prepare(self, work):
+        output = FirstToken(work.reference, dense=True)
+
+        def call():
+            happened.append("call")
+            return output
+
+        return Ready(call, close=lambda: happened.append("close"))
+
+    monkeypatch.setattr(Unchanged, "prepare", prepare)
+    monkeypatch.setattr(E2eWork, "flops", 1e9)
+    session = Session([CASE], Clock(CPU, budget_ms=1), ["sdpa", "sdpa-flash"])
+    ((_, records),) = session.run()
+    assert happened.count("close") == 2
+    assert happened[-2:] == ["close", "close"]
+    assert all(record.tflops == pytest.approx(1 / record.ms) for record in records)
 
 
 def test_long_prompts_are_left_to_the_fastest_baseline_unless_asked():

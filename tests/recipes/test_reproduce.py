@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 pytest.importorskip("recipes.tiny", reason="the recipes are not here")
 pytest.importorskip("matplotlib")
 
-from recipes.tiny import baselines, reproduce, runs, scores
+from recipes.tiny import analyses, baselines, reproduce, runs, scores
 from recipes.tiny.plan import QUICK, QUICK_RECIPE, elastic
 from recipes.tiny.runs import Run, Trainings, gate_scores
 from recipes.tiny.sections import SECTIONS
@@ -91,10 +91,16 @@ def test_what_is_done_is_not_done_again(folder: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(subprocess, "Popen", twice)
     monkeypatch.setattr(scores, "score", twice)
+    monkeypatch.setattr(analyses, "sparsification", twice)
     before = figures(folder)
+    # But an analysis of other trainings is none of these.
+    curves = folder / "quick" / "analyses" / "curves.json"
+    curves.write_text(json.dumps({"about": "others", "result": "theirs"}), encoding="utf-8")
     result = again(folder)
     assert result.exit_code == 0, result.output
-    assert figures(folder)["results"] == before["results"]
+    after = figures(folder)
+    assert after["results"] == before["results"]
+    assert after["analyses"] == before["analyses"]
 
 
 def test_the_table_of_baselines_takes_what_is_there(
