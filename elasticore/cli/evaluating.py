@@ -132,7 +132,7 @@ def report(
     part: Annotated[
         str | None, typer.Option(help="Only these samples: 0-4k, 4-8k, 8k+, easy, hard, short, ...")
     ] = None,
-    groups: Annotated[bool, typer.Option("--groups", help="Without the single tasks.")] = False,
+    groups: Annotated[bool, typer.Option("--groups", help="Without the tasks of a group.")] = False,
     form: Annotated[
         str | None, typer.Option("--format", help="csv, markdown or latex, instead of a table.")
     ] = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["COSTS", "Costs", "costs"]
+__all__ = ["COSTS", "Costs", "costs", "in_groups"]
 
 COSTS = (
     "prompt_tokens",
@@ -46,6 +46,15 @@ def costs(rows: Sequence[dict[str, Any]], tasks: Sequence[Any]) -> dict[str, dic
     for group in tasks:
         _add_group(found, group)
     return found
+
+
+def in_groups(tasks: Sequence[Any]) -> list[str]:
+    """The names of all that is part of a group: tasks, and groups in groups."""
+    found: list[str] = []
+    for group in tasks:
+        if hasattr(group, "child_names"):
+            found += [*group.child_names, *in_groups(list(group))]
+    return list(dict.fromkeys(found))
 
 
 def _add_group(found: dict[str, dict[str, Costs]], group: Any) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from elasticore.backends.registry import use_backend
 from elasticore.errors import UnsupportedRequest
-from elasticore.eval.costs import costs
+from elasticore.eval.costs import costs, in_groups
 from elasticore.eval.journal import Journal
 from elasticore.eval.methods import Method
 from elasticore.eval.suites import load_suites
@@ -172,6 +172,7 @@ def _run(
         "scores": _scores(found["results"] | found.get("groups", {})),
         "costs": costs(rows, tasks),
         "tasks": list(dict.fromkeys(row["task"] for row in rows)),
+        "in_groups": in_groups(tasks),
     }
     (folder / METRICS).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
 

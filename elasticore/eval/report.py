@@ -116,8 +116,8 @@ def read_report(
     cells = [_cells(data, metrics, part) for _, data in found]
     names = list(dict.fromkeys(name for one in cells for name in one))
     if groups_only:
-        tasks = {task for _, data in found for task in data["tasks"]}
-        names = [name for name in names if name[0] not in tasks]
+        parts = {task for _, data in found for task in data["tasks"] if task in data["in_groups"]}
+        names = [name for name in names if name[0] not in parts]
     if not names:
         raise ValueError(
             f"metric {', '.join(metrics)} of part {part!r} is in none of the runs; metrics are "

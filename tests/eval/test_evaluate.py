@@ -124,6 +124,8 @@ def test_an_evaluation_and_its_report(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (out / "ours" / "samples.jsonl").open(encoding="utf-8")]
     assert [row["document"] for row in rows] == [0, 1]
     assert all(0 < row["msr"] < 1 and row["backend"] and row["target"] for row in rows)
+    metrics = json.loads((out / "ours" / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["tasks"] == metrics["in_groups"] == ["ruler-like-640-vt"]
     found = read_report([out])
     assert found.columns[:3] == ("method", "ruler-like-640-vt", "ruler-like-640")
     streaming, ours = found.rows

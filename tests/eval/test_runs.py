@@ -12,6 +12,7 @@ from elasticore.assets import tiny
 from elasticore.eval.analysis import Point, read_decisions, read_points, routing_frequency
 from elasticore.eval.analysis.runs_plot import runs_picture
 from elasticore.eval.costs import COSTS
+from elasticore.eval.report import read_report
 
 
 def write(folder: Path, method: str, kind: str, scores: dict[str, float], **costs: float) -> None:
@@ -25,6 +26,7 @@ def write(folder: Path, method: str, kind: str, scores: dict[str, float], **cost
         "scores": {name: {"score": value} for name, value in scores.items()},
         "costs": {name: {"score": own} for name in scores},
         "tasks": tasks,
+        "in_groups": [name for name in scores if name.startswith("longbench-e-")],
     }
     (folder / method / "metrics.json").write_text(json.dumps(found))
 
@@ -62,6 +64,16 @@ def test_a_point_is_of_the_outermost_group_or_of_each_task(run: Path) -> None:
 def test_tasks_stand_for_themselves_where_there_is_no_group(tmp_path: Path) -> None:
     write(tmp_path / "run", "full", "full", {"longbench-v2": 30.0}, esr=0.0)
     assert read_points([tmp_path / "run"]) == [Point("full", "longbench-v2", 0.0, 30.0)]
+
+
+def test_a_task_without_a_group_stands_beside_groups(tmp_path: Path) -> None:
+    write(tmp_path / "run", "full", "full", {**LONGBENCH, "longbench-v2": 25.0}, esr=0.0)
+    points = read_points([tmp_path / "run"])
+    assert [point.task for point in points] == ["longbench-e", "longbench-v2"]
+    report = read_report([tmp_path / "run"], groups_only=True)
+    shown = {"longbench-e", "longbench-e-code", "longbench-e-few-shot", "longbench-v2"}
+    assert shown < set(report.columns)
+    assert not {"longbench-e-lcc", "longbench-e-trec"} & set(report.columns)
 
 
 def test_speedup_is_over_full_of_the_same_run(run: Path, tmp_path: Path) -> None:

@@ -63,8 +63,8 @@ def read_points(
         ``"score"`` or another metric of the tasks, a cost (:data:`~elasticore.eval.costs.COSTS`),
         or ``"speedup"``; x also ``"method"``.
     per_task
-        A point for each task. Else for each group that lies in no other, such as one for each
-        length; for each task where there is no group.
+        A point for each task. Else for each group or task that is part of no other, such as a
+        group for each length.
     tasks
         Patterns of tasks and groups to take instead, such as ``"ruler-*"``.
 
@@ -103,14 +103,12 @@ def read_points(
 
 def _chosen(data: dict[str, Any], per_task: bool, patterns: Sequence[str]) -> list[str]:
     """The tasks or groups of one method to show."""
-    names, single = list(data["scores"]), set(data["tasks"])
+    names = list(data["scores"])
     if patterns:
         return [n for n in names if any(fnmatchcase(n, pattern) for pattern in patterns)]
-    groups = [n for n in names if n not in single]
-    if per_task or not groups:
-        return [n for n in names if n in single]
-    # A group's name begins with that of the group which it is a part of.
-    return [n for n in groups if not any(n.startswith(f"{other}-") for other in groups)]
+    if per_task:
+        return [n for n in names if n in data["tasks"]]
+    return [n for n in names if n not in data["in_groups"]]
 
 
 def _number(
