@@ -38,6 +38,12 @@ SMALL = {
 runner = CliRunner()
 
 
+@pytest.fixture
+def on_the_cpu(monkeypatch):
+    """The command takes the CPU, whose quick cases, columns and warning these tests look for."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 def work(share: float | None = 0.75, **sizes: object) -> AttentionWork:
     return AttentionCase("case", 1024, share, **{**SMALL, **sizes}).build(CPU)
 
@@ -154,7 +160,7 @@ def test_an_interpreted_backend_runs_only_if_it_is_named(monkeypatch):
     assert not Backend("serial").left_out(case, CPU)
 
 
-@pytest.mark.usefixtures("clean_registry")
+@pytest.mark.usefixtures("clean_registry", "on_the_cpu")
 def test_the_command_fails_if_a_backend_is_wrong():
     ec.register_backend("careless", Careless)
     arguments = ["bench", "--suite", "decode", "--quick", "--engine"]
@@ -164,6 +170,7 @@ def test_the_command_fails_if_a_backend_is_wrong():
     assert "differs from the reference" in " ".join(result.stdout.split())
 
 
+@pytest.mark.usefixtures("on_the_cpu")
 def test_the_command_writes_a_table_json_and_pictures(tmp_path: Path):
     file, plot = tmp_path / "new" / "bench.json", tmp_path / "bench.png"
     suites = ("attention", "decode", "router", "selector")
@@ -225,6 +232,7 @@ def test_a_file_that_is_no_benchmarks_is_refused(text: str, tmp_path: Path):
     assert "is no file of this version's" in " ".join(result.stderr.split())
 
 
+@pytest.mark.usefixtures("on_the_cpu")
 def test_a_model_is_timed_elastic_and_unchanged():
     arguments = ["bench", "--suite", "e2e", "--quick", "--layers", "1"]
     result = runner.invoke(app, arguments)

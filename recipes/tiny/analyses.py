@@ -52,6 +52,7 @@ def analyse(
     ways += [router(trainings, run) for run in trained if (run.group, run.seed) == ("duo", 0)]
     about = {
         "ways": [identity(way) for way in (*ways, *(router(trainings, run) for run in main[1:]))],
+        "backbone": scorer.weights,
         "config": config.to_dict(),
         "length": size.length,
         "samples": size.analysis_samples,

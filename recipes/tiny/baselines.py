@@ -54,7 +54,7 @@ def main(
         parallel=parallel,
     )
     recipe = Recipe.load(config, trainings.common)
-    scorer = Scorer(runs / "scores", batch_tokens=batch_tokens)
+    scorer = Scorer(runs / "scores", backbone=recipe.backbone, batch_tokens=batch_tokens)
     trained = trainings.train(
         elastic(main_target(recipe), size.seeds), static(trainings, scorer, size)
     )

@@ -137,6 +137,7 @@ def run(
     changes = QUICK_RECIPE if quick else ()
     trainings = Trainings.of(runs, config, changes, max_steps=max_steps, parallel=parallel)
 
+    recipe = Recipe.load(config, trainings.common)
     head = about("the paper in miniature on the tiny model", PROGRAM)
     file = output / RESULTS
     seconds: dict[str, float] = {}
@@ -147,14 +148,20 @@ def run(
         "settings": {
             **dataclasses.asdict(size),
             "parallel": trainings.parallel,
-            "recipe": dataclasses.asdict(Recipe.load(config, trainings.common)),
+            "recipe": dataclasses.asdict(recipe),
         },
         "seconds": seconds,
         "failed": [],
         "speed": measured_speed(),
     }
     try:
-        scorer = Scorer(runs / "scores", dtype=dtype, batch_tokens=batch_tokens, backend=backend)
+        scorer = Scorer(
+            runs / "scores",
+            backbone=recipe.backbone,
+            dtype=dtype,
+            batch_tokens=batch_tokens,
+            backend=backend,
+        )
         report["settings"]["dtype"] = scorer.dtype
         report["heads"] = scorer.shape[0] * scorer.shape[1]
         with stage("train", seconds):

@@ -22,6 +22,7 @@ import elasticore as ec
 from elasticore.eval.methods import Method
 from elasticore.eval.tasks import TASKS, Sample, make_sample
 from elasticore.eval.teacher_forced import Score, score
+from elasticore.models.files import fingerprint
 from elasticore.models.loading import TINY, load_backbone
 from recipes.tiny.runs import console
 
@@ -132,6 +133,8 @@ class Scorer:
     ----------
     folder
         Holds a file per way and length; None keeps nothing.
+    backbone
+        A name or folder that :func:`~elasticore.models.loading.load_backbone` takes.
     dtype
         Of the backbone; ``auto`` is bfloat16 on a GPU, as in training, and float32 on a CPU.
     batch_tokens
@@ -144,6 +147,7 @@ class Scorer:
         self,
         folder: Path | None = None,
         *,
+        backbone: str = TINY,
         dtype: str = "auto",
         batch_tokens: int | None = None,
         backend: str = "auto",
@@ -152,7 +156,8 @@ class Scorer:
         self.folder, self.backend = folder, backend
         self.dtype = dtype if dtype != "auto" else "bfloat16" if cuda else "float32"
         self.batch_tokens = batch_tokens or (204_800 if cuda else 8_192)
-        self.model, self.tokenizer = load_backbone(TINY, self.dtype)
+        self.model, self.tokenizer = load_backbone(backbone, self.dtype)
+        self.weights = fingerprint(self.model)["weights"]
         self.shape = self.model.config.num_hidden_layers, self.model.config.num_key_value_heads
         self._samples: dict[tuple[str, int], list[Sample]] = {}
 
@@ -173,6 +178,7 @@ class Scorer:
         tasks = list(tasks)
         about = {
             "way": identity(way),
+            "backbone": self.weights,
             "tasks": tasks,
             "length": length,
             "samples": count,

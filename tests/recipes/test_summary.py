@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -159,6 +161,19 @@ def test_a_score_is_kept_until_its_way_changes(
     other = scorer.score(HeadTable.of("table", ~table, config), 192, 1, ["needle"])
     assert calls
     assert other["needle"]["msr"] == 1
+
+
+def test_a_score_is_of_its_backbone(scorer: Scorer, tmp_path: Path) -> None:
+    other = tmp_path / "backbone"
+    scorer.tokenizer.save_pretrained(other)
+    changed = copy.deepcopy(scorer.model)
+    with torch.no_grad():
+        changed.get_input_embeddings().weight.zero_()
+    changed.save_pretrained(other)
+    full = Method("full", "full")
+    first = scorer.score(full, 192, 1, ["prose"])
+    second = Scorer(scorer.folder, backbone=str(other), dtype="float32")
+    assert second.score(full, 192, 1, ["prose"])["prose"]["loss"] > first["prose"]["loss"]
 
 
 def test_positions_are_stretched_inside_only(scorer: Scorer) -> None:
