@@ -111,12 +111,16 @@ def run_engine(
     except UnsupportedRequest as error:
         record.skipped = str(error)
     except Exception as error:  # whatever happens to one engine must not end the others' run
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
-        if engine.peer:
-            record.skipped = reason
-        else:
-            record.failed = reason
+        _note_failure(error, record)
     return record
+
+
+def _note_failure(error: Exception, record: Record) -> None:
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+    if record.peer:
+        record.skipped = reason
+    else:
+        record.failed = reason
 
 
 def _measure(
@@ -228,6 +232,9 @@ class Session:
                 )
             timings = self.clock.take_turns([call for _, call in waiting])
         for timing, (record, _) in zip(timings, waiting, strict=True):
+            if isinstance(timing, Exception):
+                _note_failure(timing, record)
+                continue
             _note(timing, record)
             _add_rates(record, work())
         waiting.clear()

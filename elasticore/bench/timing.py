@@ -81,20 +81,26 @@ class Clock:
         count = int(min(max(self.budget_ms / once, self.least), self.most))
         return _timing([self._run(call) for _ in range(count)])
 
-    def take_turns(self, calls: Sequence[Callable[[], Any]]) -> list[Timing]:
+    def take_turns(self, calls: Sequence[Callable[[], Any]]) -> list[Timing | Exception]:
         """Run ``calls`` in turns, each once per turn, in random order; they have warmed up.
 
-        There are as many turns as fit into four budgets per call.
+        There are as many turns as fit into four budgets per call. A call that fails takes no more
+        of them, and its exception is in its place.
         """
         runs: list[list[_Run]] = [[] for _ in calls]
+        failed: dict[int, Exception] = {}
         shuffled = random.Random(0)
         started, turns, elapsed = time.perf_counter(), 0, 0.0
         budget = 4 * self.budget_ms * len(calls)
         while turns < self.least or (turns < self.most and elapsed < budget):
             for index in shuffled.sample(range(len(calls)), len(calls)):
-                runs[index].append(self._run(calls[index]))
+                if index not in failed:
+                    try:
+                        runs[index].append(self._run(calls[index]))
+                    except Exception as error:  # such as full memory: the others' times are good
+                        failed[index] = error
             turns, elapsed = turns + 1, (time.perf_counter() - started) * 1e3
-        return [_timing(own) for own in runs]
+        return [failed[i] if i in failed else _timing(own) for i, own in enumerate(runs)]
 
     def flush(self) -> None:
         """Wait for the device and push everything out of its L2 cache."""

@@ -183,6 +183,33 @@ def test_turns_give_every_call_as_many_runs_in_changing_order():
     assert len(set(turns)) > 1
 
 
+def test_a_call_that_fails_in_its_turn_leaves_the_others_their_times():
+    calls: list[str] = []
+
+    def fails() -> None:
+        calls.append("fails")
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("full")
+
+    failed, timing = Clock(CPU, budget_ms=1, least=3, most=5).take_turns([fails, lambda: None])
+    assert isinstance(failed, torch.OutOfMemoryError)
+    assert len(calls) == 2
+    assert timing.runs >= 3
+
+
+def test_an_engine_that_fails_in_its_turn_has_a_reason_for_a_time(work, monkeypatch):
+    def take_turns(self, calls):
+        sdpa, *_ = (self.measure(call) for call in calls)
+        return [sdpa, torch.OutOfMemoryError("full")]
+
+    monkeypatch.setattr(Clock, "take_turns", take_turns)
+    session = Session([CASE], Clock(CPU, budget_ms=1), ["sdpa", "fa-ssa-0.7"])
+    ((_, (sdpa, failed)),) = session.run()
+    assert sdpa.ms
+    assert failed.ms is None
+    assert "OutOfMemoryError: full" in failed.failed
+
+
 def test_engines_of_a_case_are_timed_in_turns(work):
     session = Session([CASE], Clock(CPU, budget_ms=1), ["sdpa", "fa-ssa-0.7", "xa-ssa-0.7"])
     ((_, records),) = session.run()
