@@ -138,6 +138,16 @@ def run(
     trainings = Trainings.of(runs, config, changes, max_steps=max_steps, parallel=parallel)
 
     recipe = Recipe.load(config, trainings.common)
+    try:
+        scorer = Scorer(
+            runs / "scores",
+            backbone=recipe.backbone,
+            dtype=dtype,
+            batch_tokens=batch_tokens,
+            backend=backend,
+        )
+    except FileNotFoundError as error:
+        raise typer.BadParameter(f"{error} See {config}.", param_hint="--config") from error
     head = about("the paper in miniature on the tiny model", PROGRAM)
     file = output / RESULTS
     seconds: dict[str, float] = {}
@@ -149,21 +159,14 @@ def run(
             **dataclasses.asdict(size),
             "parallel": trainings.parallel,
             "recipe": dataclasses.asdict(recipe),
+            "dtype": scorer.dtype,
         },
+        "heads": scorer.shape[0] * scorer.shape[1],
         "seconds": seconds,
         "failed": [],
         "speed": measured_speed(),
     }
     try:
-        scorer = Scorer(
-            runs / "scores",
-            backbone=recipe.backbone,
-            dtype=dtype,
-            batch_tokens=batch_tokens,
-            backend=backend,
-        )
-        report["settings"]["dtype"] = scorer.dtype
-        report["heads"] = scorer.shape[0] * scorer.shape[1]
         with stage("train", seconds):
             trained = train(trainings, scorer, size)
         report["failed"] += [

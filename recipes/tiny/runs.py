@@ -181,7 +181,7 @@ class Trainings:
         for run in runs:  # a setting that is wrong: said before anything starts
             parts_of(self.recipe(run))
             self.done(run)
-        waiting, finished = deque(runs), []
+        waiting, finished = deque(dict.fromkeys(runs)), []  # one that is given twice trains once
         active: dict[Run, _Process] = {}
 
         def finish(run: Run) -> None:

@@ -164,6 +164,25 @@ def test_a_wrong_setting_is_said_before_anything_starts(tmp_path: Path) -> None:
     assert not (tmp_path / "quick").exists()
 
 
+def test_a_run_that_is_given_twice_trains_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subprocess, "Popen", None)
+    work = trainings(folder)
+    assert work.train([*elastic(0.75, 1), *elastic(0.75, 1)]) == elastic(0.75, 1)
+
+
+def test_a_backbone_that_is_not_there_ends_in_one_line(tmp_path: Path) -> None:
+    config = tmp_path / "recipe.yaml"
+    text = CONFIG.read_text(encoding="utf-8")
+    config.write_text(text.replace("backbone: tiny", f"backbone: {tmp_path / 'none'}"))
+    arguments = ["--quick", "--config", str(config), "--runs", str(tmp_path / "runs")]
+    result = runner.invoke(reproduce.app, arguments)
+    assert result.exit_code == 2
+    assert "is no directory with a model" in " ".join(result.output.replace("│", " ").split())
+    assert not (tmp_path / "runs").exists()
+
+
 def test_an_interrupt_ends_the_trainings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started = []
     start = subprocess.Popen
