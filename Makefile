@@ -6,7 +6,7 @@ WORKERS ?= 2
 # More arguments for pytest: make test ARGS='tests/router -k pooling'
 ARGS ?=
 # The oldest and the newest transformers that are supported.
-TRANSFORMERS ?= 5.17.0 5.23.0
+TRANSFORMERS ?= 5.17.0 5.23.0 5.24.0
 
 BIN := .venv/bin
 SETUP := .venv/.stamp

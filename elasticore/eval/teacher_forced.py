@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from elasticore.eval.tasks import Sample
 from elasticore.models.elastic import is_elastic
 from elasticore.models.recording import record
+from elasticore.models.versions import CACHE
 
 __all__ = ["Score", "score"]
 
@@ -89,8 +90,8 @@ def _score_batch(model: Any, samples: list[Sample]) -> list[Score]:
         first = model(prompt, use_cache=True, logits_to_keep=1)
         logits = [first.logits]
         if answer.shape[1] > 1:
-            cache = first.past_key_values
-            logits.append(model(answer[:, :-1], past_key_values=cache, use_cache=True).logits)
+            cache = getattr(first, CACHE)
+            logits.append(model(answer[:, :-1], **{CACHE: cache}, use_cache=True).logits)
     scores = torch.cat(logits, 1).float()
     hits = scores.argmax(-1) == answer
     losses = torch.nn.functional.cross_entropy(

@@ -30,6 +30,7 @@ from torch.nn.functional import pad
 
 from elasticore.models.elastic import routers
 from elasticore.models.state import STATE
+from elasticore.models.versions import CACHE
 from elasticore.router import AttentionRouter
 
 __all__ = ["SequenceParallel", "slice_tokens"]
@@ -121,7 +122,7 @@ class SequenceParallel:
 
     def check(self, arguments: Mapping[str, Any]) -> None:
         """Raise ``ValueError`` unless a base model's arguments are those of a slice."""
-        if arguments.get("use_cache") is not False or arguments.get("past_key_values") is not None:
+        if arguments.get("use_cache") is not False or arguments.get(CACHE) is not None:
             raise ValueError(
                 "use_cache must be False under sequence parallelism: it is for training, and "
                 "cannot generate. Load the routers into a model of its own for that."

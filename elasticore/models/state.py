@@ -20,6 +20,7 @@ from elasticore.models.families import KeyTap
 from elasticore.models.layouts import layout_of, packed_lengths
 from elasticore.models.memory import recall, remember
 from elasticore.models.recording import active_traces
+from elasticore.models.versions import CACHE
 from elasticore.plan import HeadMode, HeadPlan
 from elasticore.router import Routing
 
@@ -180,7 +181,7 @@ class LayerState:
 
     def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the attention module: note the cache as it is before this pass."""
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE)
         past = 0 if cache is None else self.model.past_of(cache, self.layer_index)
         self.model.now.caches[self.index] = cache, past
 
@@ -304,12 +305,12 @@ class LayerState:
         decisions = recall(cache, self.index)
         if decisions is None:
             raise ElasticoreError(
-                "past_key_values was filled before this model was elastic, so nothing says how its "
+                f"{CACHE} was filled before this model was elastic, so nothing says how its "
                 "heads were routed; prefill the prompt again with the elastic model."
             )
         if decisions.shape[0] != segments.row.shape[0]:
             raise ElasticoreError(
-                f"past_key_values was prefilled with {decisions.shape[0]} sequences but now serves "
+                f"{CACHE} was prefilled with {decisions.shape[0]} sequences but now serves "
                 f"{segments.row.shape[0]}; prefill the prompts in the batch that is generated."
             )
         return decisions.to(segments.row.device)

@@ -9,7 +9,7 @@ import torch
 
 import elasticore
 
-from .tiny import CLOSE, MIXED, elastic, first_head_sparse, tiny, tokens
+from .tiny import CLOSE, MIXED, cache_of, cached, elastic, first_head_sparse, tiny, tokens
 
 
 @pytest.fixture(autouse=True)
@@ -38,9 +38,9 @@ def test_decoding() -> None:
     model, text = elastic(tiny(num_hidden_layers=1), first_head_sparse), tokens(1, 60)
     compiled = torch.compile(model, backend="aot_eager")
     expected = model(text, use_cache=False).logits
-    cache = compiled(text[:, :57]).past_key_values
+    cache = cache_of(compiled(text[:, :57]))
     for step in range(57, 60):
-        logits = compiled(text[:, step : step + 1], past_key_values=cache).logits
+        logits = compiled(text[:, step : step + 1], **cached(cache)).logits
         torch.testing.assert_close(logits[:, 0], expected[:, step], **CLOSE)
 
 

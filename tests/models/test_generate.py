@@ -14,7 +14,18 @@ from transformers import DynamicCache, StaticCache
 import elasticore
 from elasticore import AllRetrieval, AllSparse, ElasticConfig, ElasticoreError, HeadMode
 
-from .tiny import CLOSE, HALF, SETTINGS, ByContent, elastic, first_head_sparse, tiny, tokens
+from .tiny import (
+    CLOSE,
+    HALF,
+    SETTINGS,
+    ByContent,
+    cache_of,
+    cached,
+    elastic,
+    first_head_sparse,
+    tiny,
+    tokens,
+)
 
 FULL, STREAMING, SELECTED = (int(mode) for mode in HeadMode)
 SHORT = {"max_new_tokens": 12, "eos_token_id": None, "do_sample": False}
@@ -61,9 +72,9 @@ def test_all_heads_full_generate_what_the_model_does(family: str, strategy: str)
 def test_decoding_is_a_full_forward_with_the_same_modes(family: str) -> None:
     model, text = elastic(tiny(family), first_head_sparse), tokens(2, 100)
     expected = model(text, use_cache=False).logits
-    cache = model(text[:, :60]).past_key_values
+    cache = cache_of(model(text[:, :60]))
     for step in range(60, 100):
-        logits = model(text[:, step : step + 1], past_key_values=cache).logits
+        logits = model(text[:, step : step + 1], **cached(cache)).logits
         torch.testing.assert_close(logits[:, 0], expected[:, step], **CLOSE)
 
 
@@ -86,7 +97,7 @@ def test_selected_heads_choose_the_same_blocks_in_chunks(mode: str, chunk: int) 
         whole = model(prompt).logits
     assert trace.esr[0] > 0.05
     cache = DynamicCache(config=model.config)
-    parts = [model(part, past_key_values=cache).logits for part in prompt.split(chunk, 1)]
+    parts = [model(part, **cached(cache)).logits for part in prompt.split(chunk, 1)]
     torch.testing.assert_close(torch.cat(parts, 1), whole, **CLOSE)
 
 
@@ -175,18 +186,18 @@ def test_a_further_turn_keeps_the_routing_of_the_first(length: int) -> None:
     said = model.generate(prompt, return_dict_in_generate=True, **SHORT)
     more = torch.cat([said.sequences, tokens(1, length, 1)], 1)
     with elasticore.record() as trace:
-        answer = model.generate(more, past_key_values=said.past_key_values, **SHORT)
+        answer = model.generate(more, **cached(cache_of(said)), **SHORT)
     assert not any(one.prefill for one in trace.passes)
     assert torch.equal(answer, model.generate(more, **SHORT))
 
 
 def test_a_prefilled_cache_can_be_copied_and_continued() -> None:
     model, prefix = elastic(tiny()), tokens(1, 60)
-    cache = model(prefix).past_key_values
+    cache = cache_of(model(prefix))
     for seed in (1, 2):
         text = torch.cat([prefix, tokens(1, 20, seed)], 1)
-        again = generate(model, text, past_key_values=copy.deepcopy(cache))
-        fresh = generate(model, text, past_key_values=model(prefix).past_key_values)
+        again = generate(model, text, **cached(copy.deepcopy(cache)))
+        fresh = generate(model, text, **cached(cache_of(model(prefix))))
         assert torch.equal(again, fresh)
     assert cache.get_seq_length() == 60
 
@@ -203,11 +214,11 @@ def test_a_cache_that_was_reset_is_routed_anew(kind: str) -> None:
     cache, seen = new(), []
     for prompt in prompts:
         with elasticore.record() as trace:
-            reused = generate(model, prompt, past_key_values=cache)
+            reused = generate(model, prompt, **cached(cache))
         cache.reset()
         if int(cache.get_seq_length()) > 0:
             pytest.skip("this transformers keeps the length of a dynamic cache that is reset")
-        assert torch.equal(reused, generate(model, prompt, past_key_values=new()))
+        assert torch.equal(reused, generate(model, prompt, **cached(new())))
         seen.append(trace.decisions)
     assert not torch.equal(*seen)
 
@@ -218,15 +229,15 @@ def test_a_cache_that_was_reset_is_routed_anew(kind: str) -> None:
 def test_decode_full_reads_everything_after_the_prompt() -> None:
     config = ElasticConfig(sink=16, local=32, block_size=16, decode="full")
     model, prompt = elastic(tiny(), AllSparse, config), tokens(2, 80)
-    cache = model(prompt).past_key_values
+    cache = cache_of(model(prompt))
     plain = copy.deepcopy(cache)
     token = tokens(2, 1, 1)
     with elasticore.record() as trace:
-        logits = model(token, past_key_values=cache).logits
+        logits = model(token, **cached(cache)).logits
     assert trace.passes[0].modes.unique().tolist() == [FULL]
     assert trace.passes[0].decisions.unique().tolist() == [1]  # what was decided stays on record
     assert trace.passes[0].esr.tolist() == [0.0, 0.0]
-    expected = elasticore.restore(model)(token, past_key_values=plain).logits
+    expected = elasticore.restore(model)(token, **cached(plain)).logits
     torch.testing.assert_close(logits, expected, **CLOSE)
 
 
@@ -241,9 +252,9 @@ def test_all_steps_of_decoding_share_a_plan(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr("elasticore.models.state.hybrid_head_attention", attend)
     layers = model.config.num_hidden_layers
-    one, other = (model(tokens(1, 80, seed)).past_key_values for seed in (1, 2))
+    one, other = (cache_of(model(tokens(1, 80, seed))) for seed in (1, 2))
     for cache in (one, one, other, one):
-        model(tokens(1, 1, 1), past_key_values=cache)
+        model(tokens(1, 1, 1), **cached(cache))
     first, second, third, fourth = (plans[n * layers :][:layers] for n in (2, 3, 4, 5))
     assert all(a is b for a, b in zip(first, second, strict=True))
     assert all(a is not b for a, b in zip(second, third, strict=True))
@@ -253,9 +264,9 @@ def test_all_steps_of_decoding_share_a_plan(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_streaming_heads_go_on_streaming() -> None:
     model, prompt = elastic(tiny(), AllSparse), tokens(1, 80)
-    cache = model(prompt).past_key_values
+    cache = cache_of(model(prompt))
     with elasticore.record() as trace:
-        model(tokens(1, 1, 1), past_key_values=cache)
+        model(tokens(1, 1, 1), **cached(cache))
     # Token 81 is the first of row block 5: it reads the sink, block 4 and itself.
     assert trace.passes[0].modes.unique().tolist() == [STREAMING]
     assert trace.passes[0].esr.tolist() == pytest.approx([1 - (16 + 16 + 1) / 81])
@@ -270,9 +281,9 @@ def test_selected_heads_run_full_until_there_is_a_block_to_score(
 ) -> None:
     config = ElasticConfig(mode="fa-xa", sink=16, local=32, block_size=16, decode=decode)
     model = elastic(tiny(), AllSparse, config)
-    cache = model(tokens(1, 80)).past_key_values
+    cache = cache_of(model(tokens(1, 80)))
     with elasticore.record() as trace:
-        model(tokens(1, length, 1), past_key_values=cache)
+        model(tokens(1, length, 1), **cached(cache))
     assert trace.passes[0].modes.unique().tolist() == [mode]
 
 
@@ -281,16 +292,16 @@ def test_selected_heads_run_full_until_there_is_a_block_to_score(
 
 def test_a_cache_from_before_is_refused() -> None:
     model = tiny()
-    cache = model(tokens(1, 20)).past_key_values
+    cache = cache_of(model(tokens(1, 20)))
     elastic(model)
     with pytest.raises(ElasticoreError, match="filled before this model was elastic"):
-        model(tokens(1, 1), past_key_values=cache)
+        model(tokens(1, 1), **cached(cache))
 
 
 def test_a_cache_that_was_given_more_rows_is_refused() -> None:
     model = elastic(tiny(), ByContent, SETTINGS)
-    cache = model(tokens(1, 20)).past_key_values
+    cache = cache_of(model(tokens(1, 20)))
     for layer in cache.layers:  # behind the cache's back
         layer.batch_repeat_interleave(3)
     with pytest.raises(ElasticoreError, match="prefilled with 1 sequences but now serves 3"):
-        model(tokens(3, 1), past_key_values=cache)
+        model(tokens(3, 1), **cached(cache))

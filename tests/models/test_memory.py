@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from elasticore import record
 
-from .tiny import CLOSE, SETTINGS, ByContent, elastic, tiny, tokens
+from .tiny import CLOSE, SETTINGS, ByContent, cache_of, cached, elastic, tiny, tokens
 
 
 def prompts() -> Tensor:
@@ -21,7 +21,7 @@ def prompts() -> Tensor:
 
 
 def prefilled(model: Any, rows: Tensor) -> Any:
-    return model(rows, past_key_values=DynamicCache(config=model.config)).past_key_values
+    return cache_of(model(rows, **cached(DynamicCache(config=model.config))))
 
 
 @pytest.fixture
@@ -41,12 +41,12 @@ def test_rows_that_move_keep_their_routing(model: Any, method: str, copied: bool
     getattr(cache, method)(order)
     expected = prefilled(model, prompts()[order])
     step = tokens(len(order), 1, 9)
-    ours = model(step, past_key_values=cache).logits
-    torch.testing.assert_close(ours, model(step, past_key_values=expected).logits, **CLOSE)
+    ours = model(step, **cached(cache)).logits
+    torch.testing.assert_close(ours, model(step, **cached(expected)).logits, **CLOSE)
     if copied:  # the copy moved alone
         step = tokens(3, 1, 9)
-        alone = model(step, past_key_values=prefilled(model, prompts())).logits
-        torch.testing.assert_close(model(step, past_key_values=kept).logits, alone, **CLOSE)
+        alone = model(step, **cached(prefilled(model, prompts()))).logits
+        torch.testing.assert_close(model(step, **cached(kept)).logits, alone, **CLOSE)
 
 
 def test_rows_that_multiply_keep_their_routing(model: Any) -> None:
@@ -54,8 +54,8 @@ def test_rows_that_multiply_keep_their_routing(model: Any) -> None:
     cache.batch_repeat_interleave(2)
     expected = prefilled(model, prompts().repeat_interleave(2, 0))
     step = tokens(6, 1, 9)
-    ours = model(step, past_key_values=cache).logits
-    torch.testing.assert_close(ours, model(step, past_key_values=expected).logits, **CLOSE)
+    ours = model(step, **cached(cache)).logits
+    torch.testing.assert_close(ours, model(step, **cached(expected)).logits, **CLOSE)
 
 
 def test_a_prompt_that_begins_in_a_later_chunk_is_routed_there(model: Any) -> None:
@@ -71,7 +71,7 @@ def test_a_prompt_that_begins_in_a_later_chunk_is_routed_there(model: Any) -> No
                 padded[:, start:stop],
                 attention_mask=mask[:, :stop],
                 position_ids=position_ids[:, start:stop],
-                past_key_values=cache,
+                **cached(cache),
             )
         # The same prompt in one go, where all of it is there at once.
         model(short)

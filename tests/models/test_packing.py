@@ -13,7 +13,7 @@ from transformers import DataCollatorWithFlattening
 import elasticore
 from elasticore import ElasticConfig, ElasticoreError
 
-from .tiny import CLOSE, FAMILIES, HALF, elastic, tiny, tokens
+from .tiny import CLOSE, FAMILIES, HALF, cache_of, cached, elastic, tiny, tokens
 
 LENGTHS = (60, 1, 90, 33)
 
@@ -124,6 +124,6 @@ def test_local_layers_that_would_mix_packed_sequences_are_refused(batch: dict[st
 
 def test_a_packed_cache_cannot_be_continued_as_one_sequence() -> None:
     model = elastic(tiny())
-    cache = model(**packed("positions")).past_key_values
+    cache = cache_of(model(**packed("positions")))
     with pytest.raises(ElasticoreError, match="prefilled with 4 sequences but now serves 1"):
-        model(tokens(1, 1), past_key_values=cache)
+        model(tokens(1, 1), **cached(cache))

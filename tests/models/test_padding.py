@@ -11,7 +11,7 @@ from torch import Tensor
 import elasticore
 from elasticore import AllSparse, ElasticConfig
 
-from .tiny import CLOSE, FAMILIES, HALF, SETTINGS, elastic, tiny, tokens
+from .tiny import CLOSE, FAMILIES, HALF, SETTINGS, cache_of, cached, elastic, tiny, tokens
 
 LENGTHS = (100, 63, 17)
 
@@ -141,6 +141,6 @@ def test_masks_with_four_axes_are_refused(dtype: torch.dtype) -> None:
 
 def test_a_mask_that_leaves_out_the_cache_is_refused() -> None:
     model, ids = elastic(tiny(), AllSparse, SETTINGS), tokens(1, 50)
-    cache = model(ids).past_key_values
+    cache = cache_of(model(ids))
     with pytest.raises(ValueError, match="covers 10 positions, but cache and input hold 60"):
-        model(tokens(1, 10), past_key_values=cache, attention_mask=torch.ones(1, 10))
+        model(tokens(1, 10), **cached(cache), attention_mask=torch.ones(1, 10))

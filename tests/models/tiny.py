@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import elasticore
 from elasticore import ElasticConfig, Routing, Segments, XAttention, pool_boundary
 from elasticore.models.families import attention_layers, is_local
+from elasticore.models.versions import CACHE
 
 SETTINGS = ElasticConfig(sink=16, local=32, block_size=16)
 """Small enough that a streaming head misses keys from the 49th token on."""
@@ -117,3 +118,13 @@ def spread(model: Any, seed: int = 0) -> Any:
         for parameter in router.parameters():
             parameter.data.normal_(0.0, 0.6, generator=generator)
     return model
+
+
+def cached(cache: Any) -> dict[str, Any]:
+    """The argument that gives a model its cache, under the name of this transformers."""
+    return {CACHE: cache}
+
+
+def cache_of(output: Any) -> Any:
+    """The cache in a model's output."""
+    return getattr(output, CACHE)

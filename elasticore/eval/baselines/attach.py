@@ -16,6 +16,7 @@ from elasticore.errors import UnsupportedModel
 from elasticore.models.families import attention_layers, family_of, is_local
 from elasticore.models.function import mask_function
 from elasticore.models.layouts import layout_of
+from elasticore.models.versions import CACHE
 
 __all__ = ["Call", "attend_with"]
 
@@ -64,7 +65,7 @@ class _Slot:
     def before(self, attention: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: note what the layer reads, and the cache as it is before this pass."""
         self.hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE)
         self.past = 0 if cache is None else int(cache.get_seq_length(int(attention.layer_idx)))  # type: ignore[arg-type]
 
 

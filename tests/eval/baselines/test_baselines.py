@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from elasticore import SequenceLayout, UnsupportedModel
 from elasticore.eval.baselines import NativeSparseAttention, PerQuery, attend_with, load_nsa
 from elasticore.eval.baselines.attach import Call
+from elasticore.models.versions import CACHE
 from elasticore.patterns import InfLLMV2, MoBA, NSASelected
 
 EVERYTHING = MoBA(16, 1000)
@@ -79,8 +80,8 @@ def test_decoding_goes_on_where_the_prefill_ended(name: str) -> None:
     with attend_with(model, MODULES[name]()):
         whole = model(ids, use_cache=False).logits
         first = model(ids[:, :50], use_cache=True)
-        second = model(ids[:, 50:74], past_key_values=first.past_key_values, use_cache=True)
-        third = model(ids[:, 74:], past_key_values=second.past_key_values, use_cache=True)
+        second = model(ids[:, 50:74], **{CACHE: getattr(first, CACHE)}, use_cache=True)
+        third = model(ids[:, 74:], **{CACHE: getattr(second, CACHE)}, use_cache=True)
     parts = torch.cat([first.logits, second.logits, third.logits], 1)
     assert torch.allclose(parts, whole, atol=1e-9)
     assert not torch.allclose(whole, model(ids).logits, atol=1e-3) or name == "everything"
