@@ -28,10 +28,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from elasticore.backends.auto import fastest
 from elasticore.backends.costs import HEADS, KV_HEADS
-from elasticore.backends.registry import _BUILT_IN
+from elasticore.backends.registry import BACKENDS
 from elasticore.bench.attention import PREPARING
+from elasticore.choice import fastest
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -99,7 +99,7 @@ def kinds(cases: dict[str, Any]) -> Kinds:
             continue
         tokens = parameters["length"] * parameters["batch"]  # only decoding has batches here
         for name, engine in case["engines"].items():
-            if name not in _BUILT_IN or not engine["ms"]:
+            if name not in BACKENDS.built_in or not engine["ms"]:
                 continue
             # Every layer of a model has a routing of its own, so the time to prepare for it counts.
             prepares = name in PREPARING and parameters["sparse"] == "STREAMING" and not decoding
@@ -141,7 +141,7 @@ def never_slower(name: str, file: dict[str, Any]) -> bool:
         mean = means.get(kind(parameters, entry["suite"]), {})
         here = {
             engine: mean.get(engine, {}).get(str(parameters["length"]))
-            for engine in _BUILT_IN
+            for engine in BACKENDS.built_in
             if entry["engines"].get(engine, {}).get("ms")
         }
         if not here or not peers:

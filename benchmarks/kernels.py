@@ -49,8 +49,8 @@ from elasticore.backends.triton import TritonAttention
 from elasticore.bench.attention import AttentionCase, DecodeCase
 from elasticore.bench.cases import tokens
 from elasticore.bench.layer import AttentionWork
-from elasticore.bench.report import environment
 from elasticore.bench.timing import Call, captured, interleave
+from elasticore.machine import environment
 
 console = Console(stderr=True)
 
@@ -265,8 +265,7 @@ def first_xattention() -> Call:
     from elasticore.backends.triton.selectors import select
 
     work = AttentionCase("first", 4096, 1.0).build(GPU)
-    selected = torch.full_like(work.plan.modes, int(ec.HeadMode.SELECTED))
-    plan = ec.HeadPlan(selected, sparse=ec.HeadMode.SELECTED, selector=ec.XAttention())
+    plan = ec.HeadPlan(torch.ones_like(work.plan.decisions), sparse=ec.XAttention())
     layout, scale = ec.SequenceLayout.dense(), work.case.head_dim**-0.5
     return lambda: select(work.q, work.k, plan, layout, scale)
 

@@ -32,7 +32,7 @@ from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 import elasticore as ec
-from elasticore.bench.report import environment
+from elasticore.machine import environment
 from elasticore.train import (
     Collator,
     LagrangianObjective,
@@ -66,7 +66,7 @@ class Setting:
             "rope_theta": 500000.0,
         }
     )
-    elastic: dict[str, int] = dataclasses.field(default_factory=dict)
+    sparse: ec.Streaming = dataclasses.field(default_factory=ec.Streaming)
 
 
 SETTINGS = (Setting("float32", 4, 4096), Setting("bfloat16", 16, 8192))
@@ -81,7 +81,7 @@ SMALL = Setting(
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
     },
-    {"sink": 16, "local": 16, "block_size": 16},
+    ec.Streaming(16, 16),
 )
 
 
@@ -142,7 +142,7 @@ def model_of(setting: Setting, device: torch.device) -> Any:
     with torch.device(device):
         model = LlamaForCausalLM(config).eval()
     torch.set_default_dtype(torch.float32)
-    ec.elasticize(model, ec.ElasticConfig(**setting.elastic))
+    ec.elasticize(model, ec.Elastic(sparse=setting.sparse))
     for router in ec.routers(model):
         router.sampler = _Decided()
         for parameter in router.parameters():

@@ -32,8 +32,8 @@ from rich.table import Table
 from torch import Tensor
 
 import elasticore as ec
-from elasticore.bench.report import environment
 from elasticore.eval.tasks import TASKS, Sample, make_sample
+from elasticore.machine import environment
 from elasticore.models.loading import load_backbone
 from elasticore.train.recipe import Recipe
 
@@ -100,7 +100,7 @@ def train(runs: list[Run]) -> dict[str, float]:
 def decisions(run: Run, samples: list[Sample], batch_size: int) -> Tensor:
     """Which heads each prompt makes sparse: int8 ``[samples, layers, KV heads]``."""
     model, _ = load_backbone(run.recipe.backbone, run.recipe.dtype)
-    ec.load_router(model, run.folder / "run" / "router")
+    ec.elasticize(model, run.folder / "run" / "router")
     found = torch.empty(
         len(samples), len(ec.routers(model)), model.config.num_key_value_heads, dtype=torch.int8
     )
@@ -110,9 +110,10 @@ def decisions(run: Run, samples: list[Sample], batch_size: int) -> Tensor:
         for ids, rows in zip(
             prompts.split(batch_size), torch.tensor(places).split(batch_size), strict=True
         ):
+            one = ec.Pass()
             with torch.no_grad():
-                model(ids.to(model.device), logits_to_keep=1)
-            found[rows] = torch.stack([r.decisions for r in ec.routings(model)], 1).cpu()
+                model(ids.to(model.device), logits_to_keep=1, elastic=one)
+            found[rows] = torch.stack([r.decisions for r in one.routings], 1).cpu()
     return found
 
 

@@ -50,11 +50,14 @@ napoleon_preprocess_types = False
 # do the words of types such as "int64, shape (length,)", and names that start with an underscore.
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|nn|np|numpy|npt|transformers|tokenizers|lm_eval)\..*"),
-    ("py:.*", r"(abc|collections\.abc|contextvars|dataclasses|enum|pathlib|random|typing)(\..*)?"),
+    (
+        "py:.*",
+        r"(abc|collections\.abc|contextvars|dataclasses|enum|pathlib|random|threading|typing)(\..*)?",
+    ),
     ("py:class", r"Tensor|NDArray|Path|PreTrainedTokenizerBase|Tokens|Tokenizer"),
     ("py:class", r"TrainingArguments|\w+Config"),
     ("py:class", r"[^A-Z.]*"),
-    ("py:class", r".*\.(Model|Item|Prepared|Made)|LayerState"),
+    ("py:class", r".*\.(Base|Model|Item|Prepared|Made)|LayerState"),
     ("py:.*", r"(.*\.)?_\w+"),
     ("py:attr", r"temperature|tasks"),
     ("py:mod", r"elasticore\.router\.schedule"),

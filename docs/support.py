@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from elasticore.attention import HybridHeadAttention, Verdict
-from elasticore.backends import registry
+from elasticore.backends.registry import BACKENDS
 from elasticore.backends.typical import example_request
-from elasticore.plan import HeadMode
+from elasticore.patterns import HeadMode
 
 if TYPE_CHECKING:
     from docutils.nodes import Node
@@ -35,7 +35,7 @@ CALLS: dict[str, dict[str, object]] = {
     "gradients": {"gradients": True},
     "padded": {"layout": "padded", "sequences": 4},
     "packed": {"layout": "packed", "sequences": 4},
-    "selector": {"lanes": frozenset(HeadMode)},
+    "selector": {"lanes": frozenset({HeadMode.FULL, HeadMode.SELECTED})},
 }
 
 
@@ -43,11 +43,11 @@ def support() -> str:
     """Rows are backends on a device; the cells list dtypes, the last columns head dimensions."""
     heads = ["backend", "device", *CALLS, "head_dim", "head_dim, gradients"]
     lines = [heads, ["---"] * len(heads)]
-    for name in registry._names():
+    for name in BACKENDS.names():
         try:
-            backend = registry._class(name)
+            backend = BACKENDS.get(name)
         except Exception:
-            if name in registry._BUILT_IN:
+            if name in BACKENDS.built_in:
                 raise
             continue  # another package's, and broken: `elasticore doctor` says so
         lines += [

@@ -16,68 +16,75 @@ _EXPORTS = {
         "AttentionRequest",
         "HybridHeadAttention",
         "Verdict",
-        "hybrid_head_attention",
         "straight_through",
     ),
-    "elasticore.backends.registry": (
-        "current_backend",
-        "register_backend",
-        "use_backend",
-    ),
+    "elasticore.backends.registry": ("list_backends", "register_backend"),
+    "elasticore.call": ("hybrid_head_attention",),
+    "elasticore.choice": ("current_backend", "use_backend"),
     "elasticore.errors": (
         "ElasticoreError",
+        "RouterMismatch",
+        "RouterNotFound",
         "UnknownBackend",
         "UnsupportedModel",
         "UnsupportedRequest",
     ),
     "elasticore.layout": ("Segments", "SequenceLayout"),
-    "elasticore.models.config": ("ElasticConfig",),
-    "elasticore.models.elastic": ("elasticize", "is_elastic", "restore", "routers", "routings"),
-    "elasticore.models.families": ("FAMILIES", "KeyTap"),
-    "elasticore.models.files": (
-        "RouterMismatch",
-        "RouterNotFound",
-        "fingerprint",
-        "load_router",
-        "save_router",
+    "elasticore.models.attached": ("Pass",),
+    "elasticore.models.elastic": (
+        "Elastic",
+        "elasticize",
+        "is_elastic",
+        "restore",
+        "routers",
+        "way_of",
     ),
-    "elasticore.models.recording": ("Pass", "Trace", "record"),
+    "elasticore.models.families": ("FAMILIES", "Family"),
+    "elasticore.models.fingerprint": ("fingerprint",),
+    "elasticore.models.recording": ("PassRecord", "Trace", "record"),
     "elasticore.patterns": (
         "BlockLists",
         "BlockSelector",
+        "Full",
+        "HeadMode",
         "InfLLMV2",
         "MoBA",
         "NSASelected",
+        "Pattern",
         "Streaming",
         "TriangleMix",
         "XAttention",
     ),
-    "elasticore.patterns.registry": ("register_selector",),
-    "elasticore.plan": ("HeadMode", "HeadPlan"),
+    "elasticore.patterns.registry": (
+        "pattern_from_dict",
+        "pattern_to_dict",
+        "register_pattern",
+    ),
+    "elasticore.plan": ("HeadPlan",),
     "elasticore.router": (
         "AllRetrieval",
         "AllSparse",
         "AttentionRouter",
         "CosineTemperature",
         "ExponentialTemperature",
-        "FixedPolicy",
         "GumbelSigmoid",
         "GumbelSoftmax",
+        "HeadTable",
+        "LayerShape",
+        "Policy",
+        "Router",
         "Routing",
-        "fixed_policies",
         "pool_boundary",
-        "random_head_table",
+        "register_policy",
     ),
     "elasticore.train.objective": ("LagrangianObjective", "SparsityPenalty"),
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 
-__all__ = ["__version__", "backends", *_MODULE_OF]
+__all__ = ["__version__", *_MODULE_OF]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "backends":  # the room of the engines, which is callable
-        return importlib.import_module("elasticore.backends")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'elasticore' has no attribute {name!r}")
     value = getattr(importlib.import_module(_MODULE_OF[name]), name)

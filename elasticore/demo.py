@@ -11,8 +11,7 @@ import torch
 
 from elasticore.eval.tasks import TASKS, Sample, make_sample
 from elasticore.eval.teacher_forced import score
-from elasticore.models.elastic import restore
-from elasticore.models.files import load_router
+from elasticore.models.elastic import elasticize, restore
 from elasticore.models.loading import TINY, load_backbone
 from elasticore.models.recording import Trace, record
 
@@ -63,7 +62,7 @@ def run_demo(
     length
         Tokens of each prompt and answer together, at most the model's 4,096.
     router
-        Directory of other routers than the shipped ones.
+        Directory or hub id of other routers than the shipped ones.
     step
         Called with a line of text as each prompt starts.
 
@@ -72,8 +71,6 @@ def run_demo(
     ValueError
         If a task is unknown or ``length`` does not fit.
     """
-    from elasticore.assets import tiny
-
     # Without tensor cores, as in float32, a GPU's time would say little.
     fast = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     model, tokenizer = load_backbone(TINY, "bfloat16" if fast else "float32")
@@ -89,7 +86,7 @@ def run_demo(
     for sample in samples:
         step(f"{sample.task}: full attention")
         full.append(_answer(model, tokenizer, sample))
-    load_router(model, tiny() / "router" if router is None else router)
+    elasticize(model, TINY if router is None else router)
     answers = []
     _answer(model, tokenizer, samples[0])
     for sample, (full_text, full_score, _, full_seconds) in zip(samples, full, strict=True):

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["ElasticoreError", "UnknownBackend", "UnsupportedModel", "UnsupportedRequest"]
+__all__ = [
+    "ElasticoreError",
+    "RouterMismatch",
+    "RouterNotFound",
+    "UnknownBackend",
+    "UnsupportedModel",
+    "UnsupportedRequest",
+]
 
 
 class ElasticoreError(Exception):
@@ -19,3 +26,11 @@ class UnknownBackend(ElasticoreError, ValueError):
 
 class UnsupportedModel(ElasticoreError, ValueError):
     """A model, or a part of one, that cannot be made elastic; the message names the family."""
+
+
+class RouterMismatch(ElasticoreError, ValueError):
+    """Routers that were trained for another model than the one they are used with."""
+
+
+class RouterNotFound(ElasticoreError, FileNotFoundError, ValueError):
+    """No routers where they were said to be, neither on disk nor on the hub."""

@@ -8,6 +8,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from elasticore.memo import Memo
+
 __all__ = ["Segments", "SequenceLayout"]
 
 
@@ -190,6 +192,12 @@ class SequenceLayout:
         return cls("packed", cu_queries=cu_queries.long(), cu_keys=cu_keys.long())
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The layout's tensors, in the order of its fields, without those that it has not."""
+        fields = (self.first, self.last, self.query_offset, self.cu_queries, self.cu_keys)
+        return tuple(tensor for tensor in fields if tensor is not None)
+
+    @property
     def device(self) -> torch.device | None:
         """The device of the layout's tensors; None for the dense layout, which has none."""
         tensor = self.first if self.kind == "padded" else self.cu_queries
@@ -249,6 +257,8 @@ class SequenceLayout:
     def segments(self, batch: int, queries: int, keys: int, device: torch.device) -> Segments:
         """Lower the layout to slices, on the device and without synchronisation.
 
+        Made once for a batch of these sizes, as every layer asks for them: do not write to them.
+
         Parameters
         ----------
         batch, queries, keys
@@ -257,6 +267,18 @@ class SequenceLayout:
         device
             Where the result is wanted for a dense layout, which holds no tensors.
         """
+        if torch.compiler.is_compiling():  # it cannot trace the memo
+            return self._lower(batch, queries, keys, device)
+        memo: Memo[Segments] = self.__dict__.setdefault("_memo", Memo())
+        tensors = self.tensors
+        return memo.get(
+            (batch, queries, keys),
+            tensors,
+            tensors[0].device if tensors else device,
+            lambda: self._lower(batch, queries, keys, device),
+        )
+
+    def _lower(self, batch: int, queries: int, keys: int, device: torch.device) -> Segments:
         if self.kind == "packed":
             assert self.cu_queries is not None and self.cu_keys is not None
             return Segments(

@@ -11,12 +11,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from elasticore.attention import hybrid_head_attention, wants_gradients
+from elasticore.attention import wants_gradients
+from elasticore.choice import run
 from elasticore.layout import Segments, SequenceLayout
-from elasticore.patterns import BlockLists, BlockSelector, Streaming, XAttention
-from elasticore.plan import HeadMode, HeadPlan
+from elasticore.patterns import (
+    BlockLists,
+    BlockSelector,
+    Full,
+    Pattern,
+    Streaming,
+    XAttention,
+)
+from elasticore.plan import HeadPlan
 
-__all__ = ["traced_attention"]
+__all__ = ["traced"]
 
 
 @dataclass(frozen=True)
@@ -32,12 +40,12 @@ class _Chosen(BlockSelector):
 
 
 _outside_the_graph = torch.compiler.disable(
-    hybrid_head_attention,
+    run,
     reason="hybrid_head_attention cannot be traced with gradients; do without fullgraph=True",
 )
 
 
-def traced_attention(
+def traced(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -46,13 +54,13 @@ def traced_attention(
     scale: float,
     backend: str | None,
 ) -> Tensor:
-    """:func:`elasticore.hybrid_head_attention`, while ``torch.compile`` traces.
+    """:func:`~elasticore.choice.run`, while ``torch.compile`` traces.
 
     XAttention chooses its blocks inside the operator. Any other selector is traced itself. The
     operator has no backward pass: where gradients are wanted, the call breaks the graph.
     """
     if wants_gradients(q, k, v, plan):
-        return _outside_the_graph(q, k, v, plan, layout=layout, scale=scale, backend=backend)
+        return _outside_the_graph(q, k, v, plan, layout, scale, backend)
     lists = None
     stride, threshold, quirk, chunk = 0, 0.0, False, 0
     selector = plan.selector
@@ -66,9 +74,9 @@ def traced_attention(
         q,
         k,
         v,
-        plan.modes,
-        int(plan.retrieval),
-        int(plan.sparse),
+        plan.decisions,
+        int(plan.retrieval.lane),
+        int(plan.sparse.lane),
         plan.streaming.sink,
         plan.streaming.local,
         plan.block_size,
@@ -94,7 +102,7 @@ def _hybrid_head_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    modes: Tensor,
+    decisions: Tensor,
     retrieval: int,
     sparse: int,
     sink: int,
@@ -115,22 +123,16 @@ def _hybrid_head_attention(
     scale: float,
     backend: str | None,
 ) -> Tensor:
-    selector: BlockSelector | None = None
+    patterns: list[Pattern] = [Full(), Streaming(sink, local)]  # by lane
     if stride:
-        selector = XAttention(stride, threshold, official_quirk, chunk)
+        patterns.append(XAttention(stride, threshold, official_quirk, chunk))
     elif indices is not None and counts is not None:
-        selector = _Chosen(BlockLists(indices, counts))
+        patterns.append(_Chosen(BlockLists(indices, counts)))
     plan = HeadPlan(
-        modes,
-        HeadMode(retrieval),
-        HeadMode(sparse),
-        streaming=Streaming(sink, local),
-        selector=selector,
-        block_size=block_size,
-        check=False,
+        decisions, patterns[retrieval], patterns[sparse], block_size=block_size, check=False
     )
     layout = SequenceLayout(kind, first, last, query_offset, cu_queries, cu_keys)  # type: ignore[arg-type]
-    out = hybrid_head_attention(q, k, v, plan, layout=layout, scale=scale, backend=backend)
+    out = run(q, k, v, plan, layout, scale, backend)
     # An operator's output has the strides that its fake promises, whatever the backend's are.
     return torch.empty_like(q).copy_(out) if out.stride() != _strides(q) else out
 

@@ -4,139 +4,123 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from dataclasses import InitVar, dataclass, field
-from enum import IntEnum
+from dataclasses import KW_ONLY, InitVar, dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from elasticore.layout import Segments
+from elasticore.memo import Memo
+from elasticore.patterns.full import Full
+from elasticore.patterns.pattern import HeadMode, Pattern, check_block_size
 from elasticore.patterns.selector import BlockLists, BlockSelector
 from elasticore.patterns.streaming import Streaming
 
-__all__ = ["HeadMode", "HeadPlan"]
+__all__ = ["HeadPlan"]
 
 
-def _default_streaming() -> Streaming:
-    return Streaming()  # torch.compile can trace this, but not a class as the factory
+# torch.compile can trace functions that make the defaults, but neither values nor classes.
+def _full() -> Pattern:
+    return Full()
 
 
-class HeadMode(IntEnum):
-    """The three lanes; every sparse method lowers to one of them."""
-
-    FULL = 0
-    """Every key up to the query (the paper's FA)."""
-    STREAMING = 1
-    """Sink blocks and a local window of blocks (the paper's SSA)."""
-    SELECTED = 2
-    """The key blocks that a selector chose for this input (the paper's XA)."""
+def _streaming() -> Pattern:
+    return Streaming()
 
 
 @dataclass(frozen=True, eq=False)
 class HeadPlan:
-    """The mode of every head of every sequence: the metadata ``m`` of the paper's Algorithm 1(b).
+    """What every head of every sequence runs: the metadata ``m`` of the paper's Algorithm 1(b).
 
     Parameters
     ----------
-    modes
-        int8 ``[sequences, kv_heads]`` of :class:`HeadMode` values, on the device of q. Every
-        sequence of a batch has its own row; a KV head's query heads share its mode.
+    decisions
+        int8 ``[sequences, kv_heads]`` on the device of q: 0 = retrieval, 1 = sparse. Every sequence
+        of a batch has its own row; a KV head's query heads share its decision.
     retrieval, sparse
-        The two modes that a router chooses between.
+        The two patterns that a router chooses between. Each lane runs one pattern in a call, so two
+        of one lane must be equal.
     gate
         None, or the float ``[sequences, kv_heads]`` that carries a router's gradient: exactly 0
         (retrieval) or 1 (sparse). See :meth:`from_gate`.
-    streaming
-        What STREAMING heads read.
-    selector
-        What chooses the blocks of SELECTED heads; needed as soon as a mode is SELECTED.
     block_size
         Tokens per block: a power of two from 16 to 128.
     check
-        Whether to read the values of ``modes`` (and ``gate``) to check them. On a GPU that waits
-        for the device once; code that made the values itself passes False.
+        Whether to read the values of ``decisions`` (and ``gate``) to check them. On a GPU that
+        waits for the device once; code that made the values itself passes False.
 
     Raises
     ------
     TypeError, ValueError
         On anything that does not fit the above.
+
+    Examples
+    --------
+    >>> import torch, elasticore
+    >>> decisions = torch.tensor([[0, 1]], dtype=torch.int8)
+    >>> plan = HeadPlan(decisions, elasticore.XAttention(), elasticore.Streaming(128, 1024))
+    >>> plan.modes.tolist()  # XAttention selects, so it runs in the lane SELECTED
+    [[2, 1]]
     """
 
-    modes: Tensor
-    retrieval: HeadMode = HeadMode.FULL
-    sparse: HeadMode = HeadMode.STREAMING
+    decisions: Tensor
+    retrieval: Pattern = field(default_factory=_full)
+    sparse: Pattern = field(default_factory=_streaming)
+    _: KW_ONLY
     gate: Tensor | None = None
-    streaming: Streaming = field(default_factory=_default_streaming)
-    selector: BlockSelector | None = None
     block_size: int = 128
     check: InitVar[bool] = True
 
     def __post_init__(self, check: bool) -> None:
-        if not isinstance(self.modes, Tensor) or self.modes.ndim != 2:
-            got = list(self.modes.shape) if isinstance(self.modes, Tensor) else self.modes
-            raise ValueError(f"modes must be a tensor [sequences, kv_heads], got {got!r}.")
-        if self.modes.dtype != torch.int8:
+        decisions = self.decisions
+        if not isinstance(decisions, Tensor) or decisions.ndim != 2:
+            got = list(decisions.shape) if isinstance(decisions, Tensor) else decisions
+            raise ValueError(f"decisions must be a tensor [sequences, kv_heads], got {got!r}.")
+        if decisions.dtype != torch.int8:
             raise TypeError(
-                f"modes must be int8, got {self.modes.dtype}; use modes.to(torch.int8)."
-            )
-        for name in ("retrieval", "sparse"):
-            object.__setattr__(self, name, _as_mode(name, getattr(self, name)))
-        if not isinstance(self.streaming, Streaming):
-            raise TypeError(f"streaming must be a Streaming(sink, local), got {self.streaming!r}.")
-        if self.selector is not None and not isinstance(self.selector, BlockSelector):
-            raise TypeError(
-                f"selector must be a BlockSelector such as XAttention(), got {self.selector!r}."
+                f"decisions must be int8, got {decisions.dtype}; use decisions.to(torch.int8)."
             )
         check_block_size(self.block_size)
-        self.streaming.blocks(self.block_size)
-        if self.selector is not None:
-            self.selector.check(self.block_size)
-        elif HeadMode.SELECTED in (self.retrieval, self.sparse):
+        for name, pattern in (("retrieval", self.retrieval), ("sparse", self.sparse)):
+            if not isinstance(pattern, (Full, Streaming, BlockSelector)):
+                raise TypeError(
+                    f"{name} must be Full(), a Streaming(sink, local) or a BlockSelector such as "
+                    f"XAttention(), got {pattern!r}."
+                )
+            pattern.check(self.block_size)
+        if self.retrieval.lane is self.sparse.lane and self.retrieval != self.sparse:
             raise ValueError(
-                "selector is missing: SELECTED heads need one, such as selector=XAttention()."
+                f"retrieval and sparse are two different patterns of the lane "
+                f"{self.sparse.lane.name}, got {self.retrieval!r} and {self.sparse!r}; a call runs "
+                "one pattern per lane, so use equal ones, or patterns of two lanes."
             )
         if self.gate is not None:
-            _check_gate(self.gate, self.modes)
-        if check and not self.modes.is_meta:
+            _check_gate(self.gate, decisions)
+        if check and not decisions.is_meta:
             self._check_values()
 
     def _check_values(self) -> None:
-        low, high = torch.stack(self.modes.aminmax()).tolist() if self.modes.numel() else (0, 0)
-        top = HeadMode.SELECTED if self.selector is not None else HeadMode.STREAMING
-        if low < 0 or high > HeadMode.SELECTED:
+        decisions = self.decisions
+        low, high = torch.stack(decisions.aminmax()).tolist() if decisions.numel() else (0, 0)
+        if low < 0 or high > 1:
             raise ValueError(
-                "modes must be HeadMode values (0 FULL, 1 STREAMING, 2 SELECTED), got values from "
-                f"{low} to {high}."
+                f"decisions must be 0 (retrieval) or 1 (sparse), got values from {low} to {high}."
             )
-        if high > top:
+        # Equal to a decision is exactly 0 or 1.
+        if self.gate is not None and not bool((self.gate == decisions).all()):
             raise ValueError(
-                "selector is missing: modes holds SELECTED heads, which need one, such as "
-                "selector=XAttention()."
+                "gate must be exactly 0 (retrieval) or 1 (sparse) and agree with decisions; build "
+                "the plan with HeadPlan.from_gate(gate, ...)."
             )
-        if self.gate is not None:
-            with torch.no_grad():
-                modes = self._modes_of(self.gate, self.retrieval, self.sparse)
-                exact = ((self.gate == 0) | (self.gate == 1)).all() & (modes == self.modes).all()
-            if not bool(exact):
-                raise ValueError(
-                    "gate must be exactly 0 (retrieval) or 1 (sparse) and agree with modes; build "
-                    "the plan with HeadPlan.from_gate(gate, ...)."
-                )
-
-    @staticmethod
-    def _modes_of(gate: Tensor, retrieval: HeadMode, sparse: HeadMode) -> Tensor:
-        return torch.where(gate.detach() > 0.5, int(sparse), int(retrieval)).to(torch.int8)
 
     @classmethod
     def from_gate(
         cls,
         gate: Tensor,
+        retrieval: Pattern | None = None,
+        sparse: Pattern | None = None,
         *,
-        retrieval: HeadMode = HeadMode.FULL,
-        sparse: HeadMode = HeadMode.STREAMING,
-        streaming: Streaming | None = None,
-        selector: BlockSelector | None = None,
         block_size: int = 128,
     ) -> HeadPlan:
         """The plan of a router's gate, which keeps the gate's gradient.
@@ -150,50 +134,79 @@ class HeadPlan:
         gate
             Float ``[sequences, kv_heads]``, exactly 0 or 1 in value. The values are checked only
             on the CPU, where reading them costs no synchronisation.
+        retrieval, sparse
+            The two patterns; None means ``Full()`` and ``Streaming()``.
+        block_size
+            Tokens per block.
         """
         if not isinstance(gate, Tensor) or gate.ndim != 2 or not gate.is_floating_point():
             got = (list(gate.shape), gate.dtype) if isinstance(gate, Tensor) else gate
             raise ValueError(f"gate must be a float tensor [sequences, kv_heads], got {got!r}.")
-        retrieval, sparse = _as_mode("retrieval", retrieval), _as_mode("sparse", sparse)
         return cls(
-            cls._modes_of(gate, retrieval, sparse),
-            retrieval=retrieval,
-            sparse=sparse,
+            (gate.detach() > 0.5).to(torch.int8),
+            Full() if retrieval is None else retrieval,
+            Streaming() if sparse is None else sparse,
             gate=gate,
-            streaming=streaming if streaming is not None else Streaming(),
-            selector=selector,
             block_size=block_size,
             check=gate.device.type == "cpu",
         )
 
+    @property
+    def modes(self) -> Tensor:
+        """int8 ``[sequences, kv_heads]`` of :class:`HeadMode`: what a backend reads.
+
+        It follows ``decisions`` that are overwritten, in a CUDA graph as well.
+        """
+        retrieval, sparse = int(self.retrieval.lane), int(self.sparse.lane)
+        if (retrieval, sparse) == (0, 1):
+            return self.decisions  # the same numbers, in the same memory
+
+        def derive() -> Tensor:
+            return torch.where(self.decisions == 0, retrieval, sparse).to(torch.int8)
+
+        if torch.compiler.is_compiling():  # it cannot trace the memo
+            return derive()
+        memo: Memo[Tensor] = self.__dict__.setdefault("_memo", Memo())
+        return memo.get((), (self.decisions,), self.decisions.device, derive)
+
     @functools.cached_property
     def lanes(self) -> frozenset[HeadMode]:
-        """The lanes that the plan may hold, known without reading ``modes``."""
-        lanes = {self.retrieval, self.sparse, HeadMode.FULL, HeadMode.STREAMING}
-        if self.selector is not None:
-            lanes.add(HeadMode.SELECTED)
-        return frozenset(lanes)
+        """The lanes that the plan may hold, known without reading ``decisions``."""
+        return frozenset({self.retrieval.lane, self.sparse.lane})
+
+    @property
+    def streaming(self) -> Streaming:
+        """What STREAMING heads read; without any, some sizes that nobody uses."""
+        for pattern in (self.retrieval, self.sparse):
+            if isinstance(pattern, Streaming):
+                return pattern
+        return Streaming()
+
+    @property
+    def selector(self) -> BlockSelector | None:
+        """What chooses the blocks of SELECTED heads; None if the plan has no such heads."""
+        for pattern in (self.retrieval, self.sparse):
+            if isinstance(pattern, BlockSelector):
+                return pattern
+        return None
 
     def swapped(self) -> HeadPlan:
-        """The plan in which every head runs the mode that it was *not* given, without a gate."""
-        other = torch.where(
-            self.modes == int(self.retrieval), int(self.sparse), int(self.retrieval)
-        )
-        return self.with_modes(other.to(torch.int8))
+        """The plan in which every head runs the pattern that was *not* chosen, without a gate."""
+        return self.with_decisions(1 - self.decisions)
 
-    def with_modes(self, modes: Tensor) -> HeadPlan:
-        """This plan with other ``modes`` (values not read), without a gate."""
-        return dataclasses.replace(self, modes=modes, gate=None, check=False)
+    def with_decisions(self, decisions: Tensor) -> HeadPlan:
+        """This plan with other ``decisions`` (values not read), without a gate."""
+        return dataclasses.replace(self, decisions=decisions, gate=None, check=False)
 
     def msr(self) -> Tensor:
-        """Ω_MSR (Eq. 4): the share of (sequence, KV head) entries not in ``retrieval`` mode.
+        """Ω_MSR (Eq. 4): the share of (sequence, KV head) entries that are sparse.
 
         Returns
         -------
         Tensor
             float32, no axes, on the plan's device.
         """
-        return (self.modes != int(self.retrieval)).float().mean()
+        return self.decisions.float().mean()
 
     def esr(
         self,
@@ -224,7 +237,7 @@ class HeadPlan:
                 "segments must be Segments, such as layout.segments(batch, queries, keys, device), "
                 f"got {type(segments).__name__}."
             )
-        sequences, kv_heads = self.modes.shape
+        sequences, kv_heads = self.decisions.shape
         if segments.row.numel() != sequences:
             raise ValueError(
                 f"segments describe {segments.row.numel()} sequences but the plan has {sequences}."
@@ -269,30 +282,13 @@ class HeadPlan:
         return 1 - kept / causal
 
 
-def check_block_size(block_size: object) -> None:
-    """Raise unless ``block_size`` is 16, 32, 64 or 128."""
-    if isinstance(block_size, bool) or not isinstance(block_size, int):
-        raise TypeError(f"block_size must be an int (tokens), got {block_size!r}.")
-    if block_size not in (16, 32, 64, 128):
-        raise ValueError(f"block_size must be 16, 32, 64 or 128 tokens, got {block_size}.")
-
-
-def _as_mode(name: str, value: object) -> HeadMode:
-    if isinstance(value, HeadMode):
-        return value
-    accepted = isinstance(value, int) and not isinstance(value, bool) and value in list(HeadMode)
-    if not accepted:
-        raise ValueError(f"{name} must be a HeadMode (FULL, STREAMING or SELECTED), got {value!r}.")
-    return HeadMode(value)  # type: ignore[arg-type]
-
-
-def _check_gate(gate: object, modes: Tensor) -> None:
+def _check_gate(gate: object, decisions: Tensor) -> None:
     if not isinstance(gate, Tensor) or not gate.is_floating_point():
         raise TypeError(f"gate must be a float tensor, got {gate!r}.")
-    if gate.shape != modes.shape or gate.device != modes.device:
+    if gate.shape != decisions.shape or gate.device != decisions.device:
         raise ValueError(
-            f"gate must have the shape and device of modes ({list(modes.shape)} on "
-            f"{modes.device}), got {list(gate.shape)} on {gate.device}."
+            f"gate must have the shape and device of decisions ({list(decisions.shape)} on "
+            f"{decisions.device}), got {list(gate.shape)} on {gate.device}."
         )
 
 

@@ -12,8 +12,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from elasticore import choice
 from elasticore.backends import registry
-from elasticore.patterns import registry as selectors
+from elasticore.backends.registry import BACKENDS
+from elasticore.patterns.registry import PATTERNS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -50,14 +52,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def clean_registry() -> Iterator[None]:
     """The registries as they were before the test, whatever the test registers or chooses."""
-    registered, instances = dict(registry._registered), dict(registry._instances)
-    named = dict(selectors._SELECTORS)
-    token = registry._default.set(registry.AUTO)
+    tables = (BACKENDS._classes, registry.instances, PATTERNS._classes)
+    kept = [dict(table) for table in tables]
+    chosen = list(choice._process)
+    choice._process.clear()
     _look_again()
     yield
-    registry._default.reset(token)
-    tables = (registry._registered, registry._instances, selectors._SELECTORS)
-    for table, before in zip(tables, (registered, instances, named), strict=True):
+    choice._process[:] = chosen
+    for table, before in zip(tables, kept, strict=True):
         table.clear()
         table.update(before)
     _look_again()
@@ -65,9 +67,9 @@ def clean_registry() -> Iterator[None]:
 
 def _look_again() -> None:
     """Forget which packages are installed, and what ``auto`` chose."""
-    registry._entry_points.cache_clear()
-    registry._forget()
-    selectors._entry_points.cache_clear()
+    BACKENDS.refresh()
+    PATTERNS.refresh()
+    registry.forget()
 
 
 EXAMPLE = Path(__file__).resolve().parent / "plugins" / "elasticore_example"

@@ -32,12 +32,14 @@ from elasticore import (
     AllSparse,
     AttentionRouter,
     BlockLists,
-    ElasticConfig,
-    FixedPolicy,
+    Elastic,
+    Full,
     HeadMode,
     HeadPlan,
+    HeadTable,
     HybridHeadAttention,
     LagrangianObjective,
+    Router,
     Segments,
     SequenceLayout,
     Streaming,
@@ -48,15 +50,13 @@ from elasticore import (
     elasticize,
     hybrid_head_attention,
     is_elastic,
-    load_router,
     pool_boundary,
-    random_head_table,
     register_backend,
     restore,
-    save_router,
     use_backend,
 )
-from elasticore.backends.registry import backends
+from elasticore.backends.registry import list_backends
+from elasticore.router import FixedPolicy
 from elasticore.train import Collator, OfflineTasks, RouterTrainer
 
 pytestmark = pytest.mark.usefixtures("clean_registry")
@@ -189,7 +189,7 @@ def unknown_names() -> SearchStrategy[str]:
     return st.text(max_size=8).filter(lambda name: name not in {"auto", *(b.name for b in known)})
 
 
-known = backends()
+known = list_backends()
 
 ATTENTION = Entry(
     hybrid_head_attention,
@@ -305,26 +305,31 @@ LAYOUT = Entry(
 
 # --- Plans ---------------------------------------------------------------------------------------
 
-not_a_mode = anything(int) | other_than(0, 1, 2, low=-99, high=99)
-bad_streaming = st.builds(  # no multiple of the block of 32
-    Streaming,
-    other_than(*range(0, 999, 32), low=0, high=990),
-    other_than(*range(0, 999, 32), low=1, high=990),
+bad_pattern = st.one_of(
+    anything(),
+    st.sampled_from([*HeadMode, Streaming, XAttention, Full]),
+    st.builds(  # no multiple of the block of 32
+        Streaming,
+        other_than(*range(0, 999, 32), low=0, high=990),
+        other_than(*range(0, 999, 32), low=1, high=990),
+    ),
+    st.sampled_from([XAttention(64), XAttention(2048)]),
 )
-bad_selector = anything(type(None)) | one_of(XAttention, XAttention(64), XAttention(2048))
 bad_block_size = st.one_of(
     anything(int), other_than(16, 32, 64, 128, low=-999, high=999), one_of(16.0, 256, 8, 0)
 )
 
 
+# A pattern that does not fit the blocks names its own sizes.
+SAYS = {"retrieval": "retrieval|selector|streaming", "sparse": "sparse|selector|streaming"}
+
+
 def plan_call() -> dict[str, Any]:
     return {
-        "modes": torch.tensor([[0, 1, 1], [0, 0, 1]], dtype=torch.int8),
-        "retrieval": HeadMode.FULL,
-        "sparse": HeadMode.STREAMING,
+        "decisions": torch.tensor([[0, 1, 1], [0, 0, 1]], dtype=torch.int8),
+        "retrieval": XAttention(32),
+        "sparse": Streaming(32, 64),
         "gate": torch.tensor([[0.0, 1.0, 1.0], [0.0, 0.0, 1.0]]),
-        "streaming": Streaming(32, 64),
-        "selector": None,
         "block_size": 32,
     }
 
@@ -346,17 +351,16 @@ PLAN = Entry(
     HeadPlan,
     plan_call,
     {
-        "modes": st.one_of(
+        "decisions": st.one_of(
             anything(),
             st.builds(torch.zeros, shapes(2), dtype=st.just(torch.int8)),
             st.builds(
-                lambda dtype: plan_call()["modes"].to(dtype),
+                lambda dtype: plan_call()["decisions"].to(dtype),
                 integer_dtypes.filter(lambda dtype: dtype != torch.int8) | strange_dtypes,
             ),
-            # 2 is SELECTED, without a selector
             st.builds(
                 lambda n, place: (
-                    plan_call()["modes"].flatten().index_fill(0, ints(place), n).view(2, 3)
+                    plan_call()["decisions"].flatten().index_fill(0, ints(place), n).view(2, 3)
                 ),
                 st.integers(-128, -1) | st.integers(2, 127),
                 st.integers(0, 5),
@@ -365,43 +369,34 @@ PLAN = Entry(
                 lambda n: torch.zeros(2, n, dtype=torch.int8), other_than(3)
             ),
         ),
-        "retrieval": not_a_mode | one_of(HeadMode.SELECTED, True, 0.0),
-        "sparse": not_a_mode | one_of(HeadMode.SELECTED, True, 1.0),
+        "retrieval": bad_pattern | one_of(Streaming(0, 32)),
+        "sparse": bad_pattern | one_of(XAttention(16)),
         "gate": gates(type(None))
         | st.builds(lambda n: torch.zeros(n, 3), other_than(2))
         | one_of(torch.zeros(2, 3), torch.zeros(2, 3, device="meta")),
-        "streaming": anything() | bad_streaming,
-        "selector": bad_selector,
-        "block_size": bad_block_size | one_of(64, 128),  # of which the window is no multiple
+        "block_size": bad_block_size | one_of(16, 128),  # which one of the patterns refuses
     },
-    # A wrong mode or a missing selector may be told from either side.
-    says={
-        "modes": "modes|selector",
-        "retrieval": "retrieval|selector",
-        "sparse": "sparse|selector",
-    },
+    says=SAYS,
     skip=frozenset({"check"}),
 )
 
 FROM_GATE = Entry(
     HeadPlan.from_gate,
-    lambda: {name: value for name, value in plan_call().items() if name != "modes"},
+    lambda: {name: value for name, value in plan_call().items() if name != "decisions"},
     {
         "gate": gates(),
-        "retrieval": not_a_mode | one_of(HeadMode.SELECTED, True, 0.0),
-        "sparse": not_a_mode | one_of(HeadMode.SELECTED, True, 1.0),
-        "streaming": anything(type(None)) | bad_streaming,
-        "selector": bad_selector,
-        "block_size": bad_block_size | one_of(64, 128),
+        "retrieval": bad_pattern.filter(lambda x: x is not None) | one_of(Streaming(0, 32)),
+        "sparse": bad_pattern.filter(lambda x: x is not None) | one_of(XAttention(16)),
+        "block_size": bad_block_size | one_of(16, 128),
     },
-    says={"retrieval": "retrieval|selector", "sparse": "sparse|selector"},
+    says=SAYS,
 )
 
-WITH_MODES = Entry(
-    HeadPlan(**plan_call()).with_modes,
-    lambda: {"modes": torch.zeros(1, 7, dtype=torch.int8)},
+WITH_DECISIONS = Entry(
+    HeadPlan(**plan_call()).with_decisions,
+    lambda: {"decisions": torch.zeros(1, 7, dtype=torch.int8)},
     {
-        "modes": anything()
+        "decisions": anything()
         | st.builds(torch.zeros, shapes(2), dtype=st.just(torch.int8))
         | st.builds(torch.zeros, st.just((2, 3)), dtype=strange_dtypes)
     },
@@ -545,13 +540,51 @@ ROUTER = Entry(
     },
     skip=frozenset({"sampler", "device", "dtype"}),  # PyTorch refuses wrong devices and dtypes
 )
+ROUTER_POLICY = Entry(
+    Router,
+    dict,
+    {
+        "boundary": positive_ints(type(None)),
+        "hidden_multiplier": positive_ints(),
+        "sampler": other_text("gumbel-softmax", "gumbel-sigmoid"),
+    },
+    skip=frozenset({"weights"}),  # checked against the model's layers
+)
+no_share = anything(int, float, bool) | one_of(-0.1, 1.1, float("nan"), float("inf"))
 HEAD_TABLE = Entry(
-    random_head_table,
+    HeadTable,
+    lambda: {"sparse": [[0, 1], [1, 1]]},
+    {
+        "sparse": st.one_of(
+            anything(list, tuple),
+            st.just(torch.tensor([[0.0, 1.0]])),
+            st.just(torch.zeros(2, dtype=torch.int8)),
+            st.just(torch.tensor([[0, 2]])),
+            st.just([[0, 1], [1]]),
+        )
+    },
+    skip=frozenset({"streaming"}),  # what a file says
+)
+OF_SCORES = Entry(
+    HeadTable.of_scores,
+    lambda: {"scores": torch.tensor([[0.1, 0.9]]), "msr": 0.5},
+    {
+        "scores": st.one_of(
+            anything(),
+            st.builds(torch.zeros, shapes(2)),
+            st.just(torch.tensor([[0, 1]])),
+            st.just(torch.tensor([[0.0, float("nan")]])),
+        ),
+        "msr": no_share,
+    },
+)
+RANDOM_TABLE = Entry(
+    HeadTable.random,
     lambda: {"layers": 3, "kv_heads": 2, "msr": 0.5, "seed": 0},
     {
         "layers": positive_ints(),
         "kv_heads": positive_ints(),
-        "msr": anything(int, float, bool) | one_of(-0.1, 1.1, float("nan"), float("inf")),
+        "msr": no_share,
         "seed": anything(int, bool) | st.integers(max_value=-1),
     },
 )
@@ -611,64 +644,69 @@ def fresh_elasticize(**arguments: Any) -> None:
 @cache
 def saved_routers() -> Path:
     folder = Path(mkdtemp(prefix="elasticore-bad-calls-"))
-    elasticize(tiny_model(), ElasticConfig())
-    save_router(tiny_model(), folder)
-    restore(tiny_model())
-    return folder
-
-
-def fresh_load(**arguments: Any) -> None:
-    restore(load_router(**arguments))
+    return Elastic(AllSparse()).save(folder)
 
 
 NO_MODEL = anything() | st.builds(torch.nn.Linear, st.just(2), st.just(2))
-NO_POLICIES = st.one_of(
-    anything(type(None)),
-    st.just([AllSparse()]),
-    st.just([AllSparse(), AllSparse(), AllSparse()]),
-    st.just([AllSparse(), None]),
-    st.just([AllSparse, AllSparse]),
+NO_POLICY = st.one_of(
+    anything(list, tuple),
+    st.just(AllSparse),
+    st.just([AllSparse(), AllSparse()]),
+    st.just([FixedPolicy([0, 1]), None]),
 )
-ELASTIC_CONFIG = Entry(
-    ElasticConfig,
-    lambda: {"mode": "fa-xa", "selector": XAttention()},
+WRONG_LAYERS = st.builds(
+    lambda layers: Elastic([FixedPolicy([0, 1]) for _ in range(layers)]), other_than(2, low=0)
+)
+WAY = Entry(
+    Elastic,
+    lambda: {"retrieval": XAttention(32), "sparse": Streaming(32, 64), "block_size": 32},
     {
-        "mode": other_text("fa-ssa", "fa-xa", "xa-ssa", "ssa-fa", "xa-fa", "ssa-xa"),
-        "sink": anything(int) | st.integers(max_value=-1) | one_of(1, 64, 100, 129),
-        "local": anything(int) | st.integers(max_value=0) | one_of(1, 64, 100, 129),
-        "block_size": anything(int) | other_than(16, 32, 64, 128, low=-5, high=300),
-        "selector": anything(type(None)),
-        "boundary": positive_ints(type(None)),
-        "hidden_multiplier": positive_ints(),
-        "sampler": other_text("gumbel-softmax", "gumbel-sigmoid"),
+        "policy": NO_POLICY,
+        "retrieval": bad_pattern | one_of(Streaming(0, 32)),
+        "sparse": bad_pattern | one_of(XAttention(16)),
+        "block_size": st.one_of(
+            anything(int, type(None)),
+            other_than(16, 32, 64, 128, low=-5, high=300),
+            one_of(16, 128),  # which one of the patterns refuses
+        ),
         "decode": other_text("routed", "full"),
+        "turn": other_text("renew", "keep"),
     },
+    says=SAYS,
+    skip=frozenset({"base"}),  # a fingerprint, compared with the model's
 )
-CONFIG_FROM_DICT = Entry(
-    ElasticConfig.from_dict,
-    lambda: {"data": {"mode": "fa-ssa"}},
+WAY_FROM_DICT = Entry(
+    Elastic.from_dict,
+    lambda: {"data": {"sparse": {"name": "xattention"}}},
     {
         "data": st.one_of(
             anything(dict),
             st.just({"unheard": 1}),
-            st.just({"selector": {"name": "unheard"}}),
-            st.just({"selector": {"name": "xattention", "unheard": 1}}),
-            st.just({"selector": 5}),
+            st.just({"mode": "fa-ssa"}),
+            st.just({"sparse": {"name": "unheard"}}),
+            st.just({"sparse": {"name": "xattention", "unheard": 1}}),
+            st.just({"sparse": 5}),
+            st.just({"policy": {"name": "unheard"}}),
+            st.just({"policy": 5}),
         )
     },
-    says={"data": "data|selector"},
+    says={"data": "data|pattern|sparse|policy"},
+    skip=frozenset({"tensors", "base"}),  # what files hold
+)
+LOAD = Entry(
+    Elastic.load,
+    lambda: {"name": saved_routers()},
+    {"name": anything(str) | st.builds("/nowhere/{}".format, st.integers())},
+    says={"name": "path"},
+    skip=frozenset({"revision"}),  # of a hub
 )
 ELASTICIZE = Entry(
     fresh_elasticize,
-    lambda: {"model": tiny_model(), "router": ElasticConfig(), "policies": None},
-    {"model": NO_MODEL, "router": anything(type(None), str), "policies": NO_POLICIES},
+    lambda: {"model": tiny_model(), "way": Elastic()},
+    {"model": NO_MODEL, "way": anything(type(None), str) | WRONG_LAYERS},
+    says={"way": "way|policy"},
 )
 RESTORE = Entry(restore, lambda: {"model": elasticize(deepcopy(tiny_model()))}, {"model": NO_MODEL})
-LOAD = Entry(
-    fresh_load,
-    lambda: {"model": tiny_model(), "path": saved_routers()},
-    {"model": NO_MODEL, "path": anything(str) | st.builds("/nowhere/{}".format, st.integers())},
-)
 
 # --- Training ------------------------------------------------------------------------------------
 
@@ -730,7 +768,7 @@ TABLE = {
     "SequenceLayout.packed": PACKED,
     "HeadPlan": PLAN,
     "HeadPlan.from_gate": FROM_GATE,
-    "HeadPlan.with_modes": WITH_MODES,
+    "HeadPlan.with_decisions": WITH_DECISIONS,
     "HeadPlan.esr": ESR,
     "Streaming": STREAMING,
     "XAttention": XATTENTION,
@@ -739,19 +777,22 @@ TABLE = {
     "register_backend, taken": REGISTER_TAKEN,
     "pool_boundary": POOLING,
     "AttentionRouter": ROUTER,
-    "random_head_table": HEAD_TABLE,
+    "Router": ROUTER_POLICY,
+    "HeadTable": HEAD_TABLE,
+    "HeadTable.of_scores": OF_SCORES,
+    "HeadTable.random": RANDOM_TABLE,
     "FixedPolicy": FIXED,
     "LagrangianObjective": OBJECTIVE,
-    "ElasticConfig": ELASTIC_CONFIG,
-    "ElasticConfig.from_dict": CONFIG_FROM_DICT,
+    "Elastic": WAY,
+    "Elastic.from_dict": WAY_FROM_DICT,
+    "Elastic.load": LOAD,
     "elasticize": ELASTICIZE,
     "restore": RESTORE,
-    "load_router": LOAD,
     "OfflineTasks": OFFLINE,
     "Collator": COLLATOR,
     "RouterTrainer": TRAINER,
 }
-WRAPPED = (fresh_elasticize, fresh_load)  # they take any arguments and pass them on
+WRAPPED = (fresh_elasticize,)  # it takes any arguments and passes them on
 ARGUMENTS = [(name, argument) for name, entry in TABLE.items() for argument in entry.bad]
 
 # --- The tests -----------------------------------------------------------------------------------
@@ -760,13 +801,13 @@ ARGUMENTS = [(name, argument) for name, entry in TABLE.items() for argument in e
 def check_refused(name: str, argument: str, data: st.DataObject) -> None:
     """The valid call with ``argument`` replaced raises, names it, and changes nothing."""
     entry = TABLE[name]
-    before = current_backend(), [info.name for info in backends()]
+    before = current_backend(), [info.name for info in list_backends()]
     word = entry.says.get(argument, argument)
     value = data.draw(entry.bad[argument], label=f"{argument} of {name}")
     with pytest.raises((ValueError, TypeError, UnsupportedRequest)) as caught:
         entry.function(**{**entry.valid(), argument: value})
     assert re.search(rf"\b({word})\b", str(caught.value)), f"{word} is not named"
-    assert (current_backend(), [info.name for info in backends()]) == before
+    assert (current_backend(), [info.name for info in list_backends()]) == before
     assert not is_elastic(tiny_model()), "a failed call changed the model"
 
 

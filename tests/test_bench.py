@@ -129,8 +129,8 @@ def test_lengths_are_written_short(length, text):
 class Careless(SerialAttention):
     """Reads everything, whatever the plan says."""
 
-    def attend(self, q, k, v, plan, *, layout=None, scale=None):
-        full = plan.with_modes(torch.zeros_like(plan.modes))
+    def attend(self, q, k, v, plan, *, layout, scale):
+        full = plan.with_decisions(torch.zeros_like(plan.decisions))
         return super().attend(q, k, v, full, layout=layout, scale=scale)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from elasticore import __version__
-from elasticore.cli import app
+from elasticore import AllSparse, Elastic, Streaming, UnsupportedModel, __version__
+from elasticore.cli import app, checking
 
 runner = CliRunner()
 
@@ -29,7 +29,35 @@ def test_doctor_reports_versions_devices_and_backends_with_reasons() -> None:
     serial = next(b for b in report["backends"] if b["name"] == "serial")
     assert serial["available"] is True
     assert all(b["available"] or b["reason"] for b in report["backends"])
-    assert "serial" in runner.invoke(app, ["doctor"]).stdout
+    names = ["prefill", "decoding", "left-padded batch"]
+    assert [one["name"] for one in report["all heads full"]] == names
+    assert all(one["equal"] for one in report["all heads full"])
+    shown = runner.invoke(app, ["doctor"])
+    assert shown.exit_code == 0
+    assert "serial" in shown.stdout
+    assert "left-padded batch" in shown.stdout
+
+
+def test_doctor_notices_logits_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    short = Elastic(AllSparse(), sparse=Streaming(0, 128))
+    found = checking.compare_with_plain(short)
+    assert [one.equal for one in found] == [False] * 3
+    assert all(one.difference is not None and one.difference > 0.01 for one in found)
+    monkeypatch.setattr(checking, "compare_with_plain", lambda: found)
+    for arguments in (["doctor"], ["doctor", "--json"]):
+        result = runner.invoke(app, arguments)
+        assert result.exit_code == 1
+    assert not any(one["equal"] for one in json.loads(result.stdout)["all heads full"])
+
+
+def test_doctor_tells_what_a_model_fails_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise UnsupportedModel("transformers 99: unheard of.")
+
+    monkeypatch.setattr("elasticore.models.elastic.attach", fail)
+    result = runner.invoke(app, ["doctor"])
+    assert result.exit_code == 1
+    assert "UnsupportedModel: transformers 99" in " ".join(result.stdout.split())
 
 
 @pytest.mark.parametrize("command", ["doctor", "demo", "run", "train", "bench"])

@@ -32,10 +32,14 @@ def test_an_official_checkpoint_is_told_and_written(tmp_path: Path) -> None:
     result = runner.invoke(app, arguments)
     assert result.exit_code == 0, result.output
     text = " ".join(result.stdout.split())
-    assert "router_mlp.4.weight" in text and "xa-ssa" in text and "changed places" in text
+    assert (
+        "router_mlp.4.weight" in text
+        and "retrieval=XAttention(" in text
+        and "changed places" in text
+    )
     report = json.loads(runner.invoke(app, [*arguments, "--threshold", "0.8", "--json"]).stdout)
     assert report["layers"] == 3
-    assert report["config"]["selector"]["threshold"] == 0.8
+    assert report["way"]["retrieval"]["threshold"] == 0.8
     theirs = "mask_allocator.cls_router_head_agnostic.4.weight"
     assert {"theirs": theirs, "ours": "router_mlp.4.weight", "shape": [2, 16]} in report["mapped"]
     assert (tmp_path / "router" / "router.json").is_file()
@@ -59,5 +63,5 @@ def test_a_pattern_is_told_and_written(tmp_path: Path) -> None:
     assert report["msr"] == 0.25
     assert report["sparse"][:3] == [[1, 1, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0]]
     assert "× × × ×" in runner.invoke(app, arguments).stdout
-    model = elasticore.load_router(load_backbone("tiny")[0], tmp_path / "router")
+    model = elasticore.elasticize(load_backbone("tiny")[0], tmp_path / "router")
     assert len(elasticore.routers(model)) == 8

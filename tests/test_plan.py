@@ -1,7 +1,8 @@
-"""Head plans: modes, the gate, and the two sparsity ratios."""
+"""Head plans: decisions over two patterns, the gate, and the two sparsity ratios."""
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
@@ -13,49 +14,49 @@ from torch import Tensor
 
 from elasticore import (
     BlockLists,
+    Full,
     HeadMode,
     HeadPlan,
+    MoBA,
+    Pattern,
     SequenceLayout,
     Streaming,
     XAttention,
     hybrid_head_attention,
 )
 from elasticore.testing import Problem, ScatteredBlocks, attended
+from tests.plans import pair_of
 
 FULL, STREAMING, SELECTED = HeadMode
+LANES = list(itertools.product(HeadMode, HeadMode))
 CPU = torch.device("cpu")
 
 
-def modes(*rows: list[int]) -> Tensor:
+def decisions(*rows: list[int]) -> Tensor:
     return torch.tensor(rows, dtype=torch.int8)
 
 
 # --- Ω_MSR ---------------------------------------------------------------------------------------
 
 
-def test_msr_counts_heads_that_left_the_retrieval_mode() -> None:
-    plan = HeadPlan(modes([0, 1, 0, 0], [1, 1, 1, 0]))
+def test_msr_counts_sparse_heads() -> None:
+    plan = HeadPlan(decisions([0, 1, 0, 0], [1, 1, 1, 0]))
     assert plan.msr().item() == 0.5
     assert plan.msr().dtype == torch.float32
 
 
 def test_msr_of_xa_ssa_counts_streaming_heads_only() -> None:
-    # Both modes are sparse attention; the ratio is still about the router's choice.
-    plan = HeadPlan(
-        modes([2, 1, 1, 1]), retrieval=SELECTED, sparse=STREAMING, selector=XAttention()
-    )
+    # Both patterns are sparse attention; the ratio is still about the router's choice.
+    plan = HeadPlan(decisions([0, 1, 1, 1]), XAttention(), Streaming())
     assert plan.msr().item() == 0.75
     assert plan.swapped().msr().item() == 0.25
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=3, max_size=3), min_size=1, max_size=4))
-def test_msr_is_the_mean_gate_in_every_pair_of_modes(choices: list[list[bool]]) -> None:
+def test_msr_is_the_mean_gate_of_every_pair_of_patterns(choices: list[list[bool]]) -> None:
     gate = torch.tensor(choices).float()
-    for retrieval, sparse in ((FULL, STREAMING), (FULL, SELECTED), (SELECTED, STREAMING)):
-        plan = HeadPlan.from_gate(
-            gate, retrieval=retrieval, sparse=sparse, selector=ScatteredBlocks()
-        )
-        assert plan.msr() == gate.mean()
+    for lanes in LANES:
+        assert HeadPlan.from_gate(gate, *pair_of(lanes)).msr() == gate.mean()
 
 
 # --- Ω_ESR ---------------------------------------------------------------------------------------
@@ -63,7 +64,7 @@ def test_msr_is_the_mean_gate_in_every_pair_of_modes(choices: list[list[bool]]) 
 
 def test_esr_by_hand() -> None:
     # Blocks of 16, no sink, a window of one block: in 32 tokens each query reads its own block.
-    plan = HeadPlan(modes([0, 1]), streaming=Streaming(0, 16), block_size=16)
+    plan = HeadPlan(decisions([0, 1]), sparse=Streaming(0, 16), block_size=16)
     segments = SequenceLayout.dense().segments(1, 32, 32, CPU)
     pairs, kept = 32 * 33 / 2, 2 * (16 * 17 / 2)
     assert plan.esr(segments).tolist() == [[0.0, 1 - kept / pairs]]
@@ -72,13 +73,13 @@ def test_esr_by_hand() -> None:
 
 def test_esr_of_the_papers_figures() -> None:
     # Figures 8c and 12c: sink 128 + local 1,024 of 16,384 tokens, at the last query.
-    plan = HeadPlan(modes([1]), streaming=Streaming(128, 1024))
+    plan = HeadPlan(decisions([1]), sparse=Streaming(128, 1024))
     segments = SequenceLayout.dense().segments(1, 16384, 16384, CPU)
     assert plan.esr(segments, "last_query").item() == 1 - (128 + 1024) / 16384
 
 
 def test_esr_without_a_query_is_nan_for_that_sequence_only() -> None:
-    plan = HeadPlan(modes([1], [1]), streaming=Streaming(0, 16), block_size=16)
+    plan = HeadPlan(decisions([1], [1]), sparse=Streaming(0, 16), block_size=16)
     layout = SequenceLayout.packed(torch.tensor([0, 0, 1]), torch.tensor([0, 9, 41]))
     segments = layout.segments(1, 1, 41, CPU)
     for definition in ("causal", "last_query"):
@@ -89,7 +90,7 @@ def test_esr_without_a_query_is_nan_for_that_sequence_only() -> None:
 
 @st.composite
 def problems(draw: st.DrawFn) -> Problem:
-    """Up to three short sequences in any layout, with any mix of the three lanes."""
+    """Up to three short sequences in any layout, over any two patterns."""
     block = draw(st.sampled_from([16, 32]), label="block")
     streaming = Streaming(block * draw(st.integers(0, 2)), block * draw(st.integers(1, 3)))
     kind = draw(st.sampled_from(["dense", "left", "right", "packed"]), label="layout")
@@ -110,10 +111,10 @@ def problems(draw: st.DrawFn) -> Problem:
         ends = (missing, last) if kind == "left" else (missing * 0, last - missing)
         where = None if offset is None else torch.full((batch,), offset)
         layout = SequenceLayout.dense() if kind == "dense" else SequenceLayout.padded(*ends, where)
+    selector = ScatteredBlocks(draw(st.sampled_from([0.0, 0.4, 1.0]), label="share"))
     plan = HeadPlan(
-        torch.randint(3, (layout.sequences(batch), 2), generator=generator(draw), dtype=torch.int8),
-        streaming=streaming,
-        selector=ScatteredBlocks(draw(st.sampled_from([0.0, 0.4, 1.0]), label="share")),
+        torch.randint(2, (layout.sequences(batch), 2), generator=generator(draw), dtype=torch.int8),
+        *pair_of(draw(st.sampled_from(LANES), label="lanes"), streaming, selector),
         block_size=block,
     )
     # No value of q or k plays a part: two KV heads, two query heads each.
@@ -128,10 +129,11 @@ def generator(draw: st.DrawFn) -> torch.Generator:
 @given(problem=problems(), definition=st.sampled_from(["causal", "last_query"]))
 def test_esr_is_what_the_token_masks_say(problem: Problem, definition: Any) -> None:
     plan, segments = problem.plan, problem.segments()
-    assert plan.selector is not None
-    selection = plan.selector.select(
-        problem.q, problem.k, segments, block_size=plan.block_size, scale=1.0
-    )
+    selection = None
+    if plan.selector is not None:
+        selection = plan.selector.select(
+            problem.q, problem.k, segments, block_size=plan.block_size, scale=1.0
+        )
     ratio = plan.esr(segments, definition, selection)
     assert ratio.dtype == torch.float64
     for sequence, row in enumerate(plan.modes.tolist()):
@@ -150,10 +152,10 @@ def test_esr_is_what_the_token_masks_say(problem: Problem, definition: Any) -> N
 
 def test_esr_wants_the_selection_of_selected_heads_only() -> None:
     segments = SequenceLayout.dense().segments(1, 64, 64, CPU)
-    plan = HeadPlan(modes([0, 1]), selector=ScatteredBlocks(), block_size=16)
+    plan = HeadPlan(decisions([0, 0]), sparse=ScatteredBlocks(), block_size=16)
     assert plan.esr(segments).tolist() == [[0.0, 0.0]]
     with pytest.raises(ValueError, match=r"selection is missing.*selector\.select"):
-        plan.with_modes(modes([0, 2])).esr(segments)
+        plan.with_decisions(decisions([0, 1])).esr(segments)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +177,7 @@ def test_esr_wants_the_selection_of_selected_heads_only() -> None:
     ],
 )
 def test_esr_refuses(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
-    plan = HeadPlan(modes([0, 1]), streaming=Streaming(0, 16), block_size=16)
+    plan = HeadPlan(decisions([0, 1]), sparse=Streaming(0, 16), block_size=16)
     call = {"segments": SequenceLayout.dense().segments(1, 64, 64, CPU), **arguments}
     with pytest.raises(error, match=message):
         plan.esr(**call)
@@ -184,31 +186,24 @@ def test_esr_refuses(arguments: dict[str, Any], error: type[Exception], message:
 # --- The gate ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("retrieval", "sparse", "expected"),
-    [
-        (FULL, STREAMING, [[0, 1], [1, 0]]),
-        (FULL, SELECTED, [[0, 2], [2, 0]]),
-        (SELECTED, STREAMING, [[2, 1], [1, 2]]),
-    ],
-)
-def test_from_gate_derives_the_modes(
-    retrieval: HeadMode, sparse: HeadMode, expected: list[list[int]]
-) -> None:
+@pytest.mark.parametrize("lanes", LANES)
+def test_from_gate_derives_decisions_and_modes(lanes: tuple[HeadMode, HeadMode]) -> None:
     gate = torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.bfloat16)
-    plan = HeadPlan.from_gate(gate, retrieval=retrieval, sparse=sparse, selector=XAttention())
-    assert plan.modes.tolist() == expected
-    assert plan.modes.dtype == torch.int8
+    pair = pair_of(lanes)
+    plan = HeadPlan.from_gate(gate, *pair)
+    assert plan.decisions.tolist() == [[0, 1], [1, 0]]
+    assert plan.modes.tolist() == [[lanes[0], lanes[1]], [lanes[1], lanes[0]]]
+    assert plan.decisions.dtype == plan.modes.dtype == torch.int8
     assert plan.gate is gate
-    # Not gated, the same modes make the same plan.
-    assert HeadPlan(plan.modes, retrieval, sparse, gate, selector=XAttention()).gate is gate
+    # Not gated, the same decisions make the same plan.
+    assert HeadPlan(plan.decisions, *pair, gate=gate).gate is gate
 
 
 def test_the_gates_gradient_reaches_the_router_that_made_it() -> None:
     logits = torch.tensor([[-1.0, 2.0]], requires_grad=True)
     soft = logits.sigmoid()
     gate = (soft > 0.5).float() + soft - soft.detach()
-    plan = HeadPlan.from_gate(gate, streaming=Streaming(0, 16), block_size=16)
+    plan = HeadPlan.from_gate(gate, sparse=Streaming(0, 16), block_size=16)
     q, k, v = torch.randn(3, 1, 2, 48, 8, generator=torch.Generator().manual_seed(0))
     out = hybrid_head_attention(q, k, v, plan, backend="serial")
     out.square().sum().backward()
@@ -223,20 +218,19 @@ def test_a_soft_gate_is_refused_where_reading_it_is_free() -> None:
     assert HeadPlan.from_gate(torch.tensor([[0.5]], device="meta")).modes.is_meta
 
 
-def test_gate_and_modes_must_agree() -> None:
-    with pytest.raises(ValueError, match="agree with modes"):
-        HeadPlan(modes([0, 1]), gate=torch.tensor([[1.0, 0.0]]))
+def test_gate_and_decisions_must_agree() -> None:
+    with pytest.raises(ValueError, match="agree with decisions"):
+        HeadPlan(decisions([0, 1]), gate=torch.tensor([[1.0, 0.0]]))
 
 
 # --- Other plans from a plan ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pair", [(FULL, STREAMING), (FULL, SELECTED), (SELECTED, STREAMING)])
-def test_swapped_gives_every_head_its_other_mode(pair: tuple[HeadMode, HeadMode]) -> None:
-    gate = torch.tensor([[0.0, 1.0, 1.0]])
-    plan = HeadPlan.from_gate(gate, retrieval=pair[0], sparse=pair[1], selector=ScatteredBlocks())
+@pytest.mark.parametrize("lanes", LANES)
+def test_swapped_gives_every_head_its_other_pattern(lanes: tuple[HeadMode, HeadMode]) -> None:
+    plan = HeadPlan.from_gate(torch.tensor([[0.0, 1.0, 1.0]]), *pair_of(lanes))
     other = plan.swapped()
-    assert other.modes.tolist() == [[pair[1], pair[0], pair[0]]]
+    assert other.modes.tolist() == [[lanes[1], lanes[0], lanes[0]]]
     assert other.modes.dtype == torch.int8
     assert other.gate is None
     assert torch.equal(other.swapped().modes, plan.modes)
@@ -244,31 +238,54 @@ def test_swapped_gives_every_head_its_other_mode(pair: tuple[HeadMode, HeadMode]
     assert all(getattr(other, name) == getattr(plan, name) for name in kept)
 
 
-def test_with_modes_keeps_everything_but_modes_and_gate() -> None:
-    plan = HeadPlan.from_gate(
-        torch.ones(1, 2), streaming=Streaming(32, 64), selector=XAttention(), block_size=32
-    )
-    other = plan.with_modes(modes([2, 0], [0, 1]))
-    assert other.modes.tolist() == [[2, 0], [0, 1]]
+def test_with_decisions_keeps_everything_but_decisions_and_gate() -> None:
+    plan = HeadPlan.from_gate(torch.ones(1, 2), XAttention(), Streaming(32, 64), block_size=32)
+    other = plan.with_decisions(decisions([0, 1], [1, 0]))
+    assert other.modes.tolist() == [[2, 1], [1, 2]]
     assert other.gate is None
-    assert (other.streaming, other.selector, other.block_size) == (
-        Streaming(32, 64),
-        XAttention(),
-        32,
-    )
+    assert (other.streaming, other.selector) == (Streaming(32, 64), XAttention())
+    assert other.block_size == 32
     assert plan.modes.tolist() == [[1, 1]]
 
 
-def test_lanes_are_known_without_reading_the_modes() -> None:
-    plan = HeadPlan(modes([0]).to("meta"), check=False)
-    assert plan.lanes == {FULL, STREAMING}
-    assert HeadPlan(modes([0]), selector=XAttention()).lanes == {FULL, STREAMING, SELECTED}
+# --- What a backend reads ------------------------------------------------------------------------
 
 
-def test_modes_may_be_given_as_plain_integers() -> None:
-    plan = HeadPlan(modes([2]), retrieval=2, sparse=1, selector=XAttention())  # type: ignore[arg-type]
-    assert plan.retrieval is SELECTED
-    assert plan.sparse is STREAMING
+def test_lanes_are_those_of_the_pair_without_reading_the_decisions() -> None:
+    meta = decisions([0]).to("meta")
+    for lanes in LANES:
+        assert HeadPlan(meta, *pair_of(lanes), check=False).lanes == set(lanes)
+
+
+def test_streaming_and_selector_are_those_of_the_pair() -> None:
+    near, chosen = Streaming(0, 256), MoBA()
+    assert HeadPlan(decisions([0]), near, chosen).streaming is near
+    assert HeadPlan(decisions([0]), near, chosen).selector is chosen
+    assert HeadPlan(decisions([0]), chosen, near).selector is chosen
+    plain = HeadPlan(decisions([0]), Full(), Full(), block_size=16)
+    assert plain.selector is None
+    assert plain.streaming.blocks(16), "sizes may be read without asking"
+
+
+@pytest.mark.parametrize("lanes", LANES)
+def test_modes_follow_decisions_that_are_overwritten(lanes: tuple[HeadMode, HeadMode]) -> None:
+    for inference in (False, True):  # where PyTorch counts no writes
+        with torch.inference_mode(inference):
+            plan = HeadPlan(decisions([0, 1]), *pair_of(lanes))
+            assert plan.modes.tolist() == [[*lanes]]
+            plan.decisions.copy_(decisions([1, 0]))
+            assert plan.modes.tolist() == [[*lanes[::-1]]]
+
+
+def test_modes_are_made_once() -> None:
+    plan = HeadPlan(decisions([0, 1]), XAttention(), Streaming())
+    assert plan.modes is plan.modes
+    other = copy.deepcopy(plan)
+    other.decisions.fill_(1)
+    assert (plan.modes.tolist(), other.modes.tolist()) == ([[2, 1]], [[1, 1]])
+    # Of the default pair they are the decisions.
+    plan = HeadPlan(decisions([0, 1]))
+    assert plan.modes is plan.decisions
 
 
 # --- Refusals ------------------------------------------------------------------------------------
@@ -277,24 +294,30 @@ def test_modes_may_be_given_as_plain_integers() -> None:
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        ({"modes": [[0, 1]]}, ValueError, "modes must be a tensor"),
-        ({"modes": modes([0, 1])[0]}, ValueError, "modes must be a tensor"),
-        ({"modes": modes([0, 1]).long()}, TypeError, r"modes must be int8.*modes\.to"),
-        ({"modes": modes([0, 3])}, ValueError, "modes must be HeadMode values.*0 to 3"),
-        ({"modes": modes([-1, 1])}, ValueError, "modes must be HeadMode values.*-1 to 1"),
-        ({"modes": modes([0, 2])}, ValueError, "selector is missing: modes holds SELECTED"),
-        ({"retrieval": 3}, ValueError, "retrieval must be a HeadMode.*got 3"),
-        ({"retrieval": True}, ValueError, "retrieval must be a HeadMode.*got True"),
-        ({"sparse": "ssa"}, ValueError, "sparse must be a HeadMode.*got 'ssa'"),
-        ({"sparse": 1.0}, ValueError, "sparse must be a HeadMode"),
-        ({"sparse": None}, ValueError, "sparse must be a HeadMode"),
-        ({"sparse": SELECTED}, ValueError, r"selector is missing.*selector=XAttention\(\)"),
-        ({"streaming": (128, 2048)}, TypeError, "streaming must be a Streaming"),
-        ({"streaming": Streaming(128, 64)}, ValueError, "local=64 is no multiple of block_size"),
-        ({"streaming": Streaming(64, 128)}, ValueError, "sink=64 is no multiple of block_size"),
-        ({"selector": XAttention}, TypeError, "selector must be a BlockSelector"),
+        ({"decisions": [[0, 1]]}, ValueError, "decisions must be a tensor"),
+        ({"decisions": decisions([0, 1])[0]}, ValueError, "decisions must be a tensor"),
+        ({"decisions": decisions([0, 1]).long()}, TypeError, r"must be int8.*decisions\.to"),
+        ({"decisions": decisions([0, 2])}, ValueError, "must be 0 .* or 1 .*, got values from 0"),
+        ({"decisions": decisions([-1, 1])}, ValueError, "decisions must be .* from -1 to 1"),
+        ({"retrieval": FULL}, TypeError, r"retrieval must be Full\(\), .*got <HeadMode"),
+        ({"retrieval": None}, TypeError, "retrieval must be .*got None"),
+        ({"sparse": "ssa"}, TypeError, r"sparse must be .*XAttention\(\), got 'ssa'"),
+        ({"sparse": XAttention}, TypeError, "sparse must be .*got <class"),
+        ({"sparse": type("Mine", (Pattern,), {})()}, TypeError, "sparse must be .*Mine"),
+        ({"sparse": Streaming(128, 64)}, ValueError, "local=64 is no multiple of block_size"),
+        ({"retrieval": Streaming(64, 128)}, ValueError, "sink=64 is no multiple of block_size"),
         (
-            {"selector": XAttention(32), "block_size": 16},
+            {"retrieval": Streaming(0, 128)},
+            ValueError,
+            "two different patterns of the lane STREAMING, got .*local=128.* and .*local=2048",
+        ),
+        (
+            {"retrieval": XAttention(), "sparse": XAttention(threshold=0.8)},
+            ValueError,
+            "two different patterns of the lane SELECTED",
+        ),
+        (
+            {"sparse": XAttention(32), "block_size": 16},
             ValueError,
             "stride=32 must divide block_size=16",
         ),
@@ -304,14 +327,14 @@ def test_modes_may_be_given_as_plain_integers() -> None:
         ({"block_size": True}, TypeError, "block_size must be an int"),
         ({"block_size": 64.0}, TypeError, "block_size must be an int"),
         ({"gate": [[0.0, 1.0]]}, TypeError, "gate must be a float tensor"),
-        ({"gate": modes([0, 1])}, TypeError, "gate must be a float tensor"),
-        ({"gate": torch.zeros(1, 3)}, ValueError, "gate must have the shape and device of modes"),
+        ({"gate": decisions([0, 1])}, TypeError, "gate must be a float tensor"),
+        ({"gate": torch.zeros(1, 3)}, ValueError, "must have the shape and device of decisions"),
         ({"gate": torch.zeros(1, 2).to("meta")}, ValueError, "gate must have the shape and device"),
     ],
 )
 def test_plan_refuses(fields: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        HeadPlan(**{"modes": modes([0, 1]), **fields})
+        HeadPlan(**{"decisions": decisions([0, 1]), **fields})
 
 
 @pytest.mark.parametrize("gate", [None, [[0.0]], torch.zeros(2), torch.zeros(1, 2).int()])

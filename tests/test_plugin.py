@@ -17,7 +17,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import elasticore
-from elasticore import ElasticConfig, HeadPlan, SequenceLayout, UnsupportedRequest, testing
+from elasticore import Elastic, HeadPlan, SequenceLayout, UnsupportedRequest, testing
 from elasticore.bench.attention import AttentionCase, DecodeCase
 from elasticore.cli import app
 
@@ -35,7 +35,7 @@ def strided(**settings: Any) -> Any:
 
 
 def test_it_is_listed_after_our_own_and_nothing_was_registered() -> None:
-    infos = {info.name: info for info in elasticore.backends()}
+    infos = {info.name: info for info in elasticore.list_backends()}
     assert list(infos)[-1] == "example"
     assert infos["example"].available
     assert "example" in CliRunner().invoke(app, ["doctor"]).stdout
@@ -77,8 +77,8 @@ def test_the_conformance_command_finds_it_in_its_processes(example: Path, tmp_pa
     assert done.returncode == 0, done.stdout + done.stderr
     counts = json.loads(report.read_text("utf-8"))
     assert counts["failed"] == counts["left"] == counts["unsupported"] == 0
-    # 3 lengths, queries all and some, 3 presets, 8 checks each.
-    assert counts["checks"] == sum(counts["by_check"].values()) == 3 * 2 * 3 * 8
+    # 3 lengths, queries all and some, 3 presets, 10 checks each.
+    assert counts["checks"] == sum(counts["by_check"].values()) == 3 * 2 * 3 * 10
 
 
 def test_it_is_benchmarked_by_its_name(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_broken_version_of_it_is_reported_and_breaks_nothing(
     example: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "elasticore_example.attention", None)
-    (info,) = (info for info in elasticore.backends() if info.name == "example")
+    (info,) = (info for info in elasticore.list_backends() if info.name == "example")
     assert not info.available
     assert "its package failed to load (ModuleNotFoundError" in info.reason
     assert "reinstall it, or uninstall it" in info.reason
@@ -116,12 +116,12 @@ def test_a_broken_version_of_it_is_reported_and_breaks_nothing(
     assert CliRunner().invoke(app, ["doctor"]).exit_code == 0
     # Nor does a broken selector stand in the way of another one.
     monkeypatch.setitem(sys.modules, "elasticore_example.pattern", None)
-    ours = ElasticConfig(mode="fa-xa").to_dict()
-    assert ElasticConfig.from_dict(ours).selector == elasticore.XAttention()
+    ours = Elastic.load("fa-xa").to_dict()
+    assert Elastic.from_dict(ours).sparse == elasticore.XAttention()
     with pytest.raises(ValueError, match="'strided': its package failed to load"):
-        ElasticConfig.from_dict({**ours, "selector": {"name": "strided"}})
+        Elastic.from_dict({**ours, "sparse": {"name": "strided"}})
     with pytest.raises(ValueError, match="has no name"):
-        ElasticConfig(mode="fa-xa", selector=testing.ScatteredBlocks()).to_dict()
+        Elastic(sparse=testing.ScatteredBlocks()).to_dict()
 
 
 # --- The pattern ---------------------------------------------------------------------------------
@@ -147,23 +147,20 @@ def test_it_reads_what_it_says() -> None:
 @pytest.mark.parametrize("backend", ["serial", "example"])
 def test_every_backend_runs_it(backend: str) -> None:
     problem = testing.make_problem(testing.Case("left", 4, 32, 129, "some", "32"))
-    selector = strided(every=2, recent=1)
-    problem = problem._replace(plan=HeadPlan(problem.plan.modes, selector=selector, block_size=32))
+    plan = HeadPlan(problem.plan.decisions, sparse=strided(every=2, recent=1), block_size=32)
+    problem = problem._replace(plan=plan)
     reference = testing.dense_attention(problem)
     assert torch.allclose(problem.run(backend).double(), reference, atol=1e-5)
 
 
-def test_a_configuration_file_holds_it_by_its_name(tmp_path: Path) -> None:
-    config = ElasticConfig(mode="xa-ssa", selector=strided(every=5))
-    config.save(tmp_path / "elastic.json")
-    assert json.loads((tmp_path / "elastic.json").read_text())["selector"] == {
-        "name": "strided",
-        "every": 5,
-        "recent": 2,
-    }
-    assert ElasticConfig.load(tmp_path / "elastic.json") == config
+def test_a_file_holds_it_by_its_name(tmp_path: Path) -> None:
+    way = Elastic(elasticore.AllRetrieval(), retrieval=strided(every=5))
+    folder = way.save(tmp_path / "way")
+    saved = json.loads((folder / "router.json").read_text())["way"]
+    assert saved["retrieval"] == {"name": "strided", "every": 5, "recent": 2}
+    assert Elastic.load(folder) == way
     with pytest.raises(ValueError, match=r"unknown; there are: .*xattention.*strided"):
-        ElasticConfig.from_dict({**config.to_dict(), "selector": {"name": "dilated"}})
+        Elastic.from_dict({**way.to_dict(), "retrieval": {"name": "dilated"}})
     with pytest.raises(ValueError, match="every must be an int of at least 1 block, got 0"):
         strided(every=0)
 
@@ -185,10 +182,8 @@ def step(backend: str) -> tuple[float, Tensor]:
         max_position_embeddings=128,
     )
     model = transformers.LlamaForCausalLM(config)
-    elastic = ElasticConfig(
-        mode="fa-xa", sink=16, local=32, block_size=16, selector=strided(every=4, recent=1)
-    )
-    model = elasticore.elasticize(model, elastic).train()
+    way = Elastic(sparse=strided(every=4, recent=1), block_size=16)
+    model = elasticore.elasticize(model, way).train()
     ids = torch.randint(3, 128, (2, 90), generator=torch.Generator().manual_seed(1))
     torch.manual_seed(2)
     with elasticore.use_backend(backend), elasticore.record() as trace:

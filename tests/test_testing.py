@@ -25,6 +25,7 @@ from elasticore import (
     testing,
 )
 from elasticore.testing import Case, Problem, cases
+from tests.plans import mixed
 
 pytestmark = pytest.mark.usefixtures("clean_registry")
 
@@ -76,11 +77,28 @@ def test_the_full_matrix_has_every_combination() -> None:
 @pytest.mark.parametrize("preset", list(cases.PRESETS))
 @pytest.mark.parametrize("length", [129, 2177])
 def test_one_token_more_than_whole_blocks_tells_the_lanes_apart(length: int, preset: str) -> None:
-    problem = testing.make_problem(Case("dense", 4, 32, length, "some", preset))
+    problem = mixed(testing.make_problem(Case("dense", 4, 32, length, "some", preset)))
     full, streaming, selected = (testing.attended(problem, 0, mode) for mode in HeadMode)
     assert not torch.equal(full, streaming)
     assert not torch.equal(full, selected)
     assert not torch.equal(streaming, selected)
+
+
+def test_without_naming_lanes_a_check_takes_every_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pair of two lanes, with both decisions in a batch."""
+    met: list[Problem] = []
+
+    def make(*args: Any, **settings: Any) -> Problem:
+        met.append(testing.make_problem(*args, **settings))
+        return met[-1]
+
+    monkeypatch.setattr(testing.checks, "make_problem", make)
+    for check in (testing.check_output, testing.check_same_alone, testing.check_repeatable):
+        met.clear()
+        check("serial", TINY[1])
+        lanes = {frozenset(problem.plan.lanes) for problem in met}
+        assert lanes == {frozenset(pair) for pair in itertools.combinations(HeadMode, 2)}
+        assert all(problem.plan.decisions.unique().tolist() == [0, 1] for problem in met)
 
 
 # --- The reference -------------------------------------------------------------------------------
@@ -130,11 +148,9 @@ class Right(HybridHeadAttention):
         v: Tensor,
         plan: HeadPlan,
         *,
-        layout: SequenceLayout | None = None,
-        scale: float | None = None,
+        layout: SequenceLayout,
+        scale: float,
     ) -> Tensor:
-        assert layout is not None
-        assert scale is not None
         layout, scale = self.layout(layout), self.scale(scale, q.shape[3])
         out = self.heads(q, k, v, plan, layout, scale)
         if plan.gate is None:
@@ -313,8 +329,8 @@ def output_in_float32(case: Case) -> None:
 
 
 def gradients(case: Case) -> None:
-    for modes in itertools.permutations(HeadMode, 2):
-        testing.check_gradients("toy", case, modes=modes)
+    for lanes in itertools.permutations(HeadMode, 2):
+        testing.check_gradients("toy", case, lanes=lanes)
 
 
 def gradients_in_float16(case: Case) -> None:

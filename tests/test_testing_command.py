@@ -50,16 +50,16 @@ def test_everything_passes_on_the_reference(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     found = json.loads(report.read_text("utf-8"))
     # Two cases in float64 and float32.
-    counts = {"output": 4, "same alone": 4, "repeatable": 4, "gradients": 12}
+    counts = {"output": 12, "same alone": 4, "repeatable": 4, "gradients": 12}
     assert found["by_check"] == {**counts, "repeatable gradients": 4, "checkpointing": 4}
-    assert found["checks"] == 32
+    assert found["checks"] == 40
     assert found["failed"] == found["unsupported"] == found["out_of_memory"] == found["left"] == 0
     assert found["failures"] == []
     for fact in ("date", "gpu", "versions", "commit", "command", "seconds"):
         assert fact in found
     assert found["versions"]["torch"]
     assert found["command"].startswith("python -m elasticore.testing")
-    assert "32 passed, 0 failed" in result.stdout
+    assert "40 passed, 0 failed" in result.stdout
 
 
 def test_failures_are_listed_shortly_and_end_in_code_1(tmp_path: Path) -> None:
@@ -68,11 +68,14 @@ def test_failures_are_listed_shortly_and_end_in_code_1(tmp_path: Path) -> None:
     result = run("negative", "--cases", FEW, "--dtype", "float32", "--json", str(report))
     assert result.exit_code == 1
     found = json.loads(report.read_text("utf-8"))
-    assert found["failed"] == len(found["failures"]) == 4
+    assert found["failed"] == len(found["failures"]) == 8
     assert found["by_check"] == {"repeatable": 2}, "it is wrong the same way every time"
     shown = " ".join(result.stdout.split())
     for case in ("dense-g1-d32-t127-all-b64", "dense-g1-d32-t127-some-b64"):
-        assert f"failed output float32 {case}: AssertionError: output: max error" in shown
+        assert (
+            f"failed output FULL-SELECTED float32 {case}: AssertionError: output: max error"
+            in shown
+        )
     assert "Traceback" not in result.output
 
 
@@ -80,10 +83,10 @@ def test_what_is_not_supported_is_no_failure_unless_it_is_everything() -> None:
     register_backend("forward", ForwardOnly)
     result = run("forward", "--cases", FEW, "--gradients", "--dtype", "float64")
     assert result.exit_code == 0
-    assert "6 passed, 0 failed, 10 not supported" in " ".join(result.stdout.split())
+    assert "10 passed, 0 failed, 10 not supported" in " ".join(result.stdout.split())
     result = run("serial", "--cases", FEW, "--dtype", "float64", "--seconds", "0")
     assert result.exit_code == 1, "nothing ran, so nothing was shown"
-    assert "6 not begun" in " ".join(result.stdout.split())
+    assert "10 not begun" in " ".join(result.stdout.split())
 
 
 @pytest.mark.parametrize(
@@ -114,7 +117,7 @@ def test_a_lack_of_memory_is_retried_and_is_no_failure(monkeypatch: pytest.Monke
 
 def test_the_full_matrix_is_run_in_a_random_order_that_is_always_the_same() -> None:
     every = all_jobs(["float32", "float64"], full=True)
-    assert len(every) == len(set(every)) == 2 * 3 * len(testing.matrix(full=True))
+    assert len(every) == len(set(every)) == 2 * 5 * len(testing.matrix(full=True))
     assert all_jobs(["float32", "float64"], full=True) == every
     assert all_jobs(["float32", "float64"], full=True, seed=1) != every
     # The first hundred are a sample: of all layouts, checks and dtypes.
@@ -123,12 +126,12 @@ def test_the_full_matrix_is_run_in_a_random_order_that_is_always_the_same() -> N
     assert len({(job.check, job.dtype) for job in sample}) == 6
 
 
-def test_gradients_are_checked_for_all_pairs_of_modes() -> None:
+@pytest.mark.parametrize("check", ["output", "gradients"])
+def test_outputs_and_gradients_are_checked_for_all_pairs_of_lanes(check: str) -> None:
     jobs = all_jobs(["float32"], gradients=True, cases=FEW)
-    gradients = [job for job in jobs if job.check == "gradients"]
     full, streaming, selected = HeadMode
     pairs = {(full, streaming), (full, selected), (selected, streaming)}
-    assert {(job.case, job.modes) for job in gradients} == {
+    assert {(job.case, job.lanes) for job in jobs if job.check == check} == {
         (job.case, pair) for job in jobs for pair in pairs
     }
     assert sum(job.check == "checkpointing" for job in jobs) == 2

@@ -46,7 +46,7 @@ from benchmarks.training.sizes import QUICK, Sizes
 from benchmarks.training.step import steps
 from benchmarks.training.timed import Timed
 from elasticore.backends.triton import TritonAttention
-from elasticore.bench.report import environment
+from elasticore.machine import environment
 
 PARTS = ("layer", "step", "loss")
 

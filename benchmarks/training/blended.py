@@ -42,8 +42,8 @@ class Blended(HybridHeadAttention):
         v: Tensor,
         plan: ec.HeadPlan,
         *,
-        layout: ec.SequenceLayout | None = None,
-        scale: float | None = None,
+        layout: ec.SequenceLayout,
+        scale: float,
     ) -> Tensor:
         """See :class:`elasticore.HybridHeadAttention`."""
         with self.full_kernel() if q.is_cuda else nullcontext():
@@ -52,7 +52,7 @@ class Blended(HybridHeadAttention):
             )
         sink, local = plan.streaming.blocks(plan.block_size)
         streaming = streaming_attention(q, k, v, scale, (sink, local, plan.block_size))
-        gate = plan.modes.float() if plan.gate is None else plan.gate
+        gate = plan.decisions.float() if plan.gate is None else plan.gate
         return self.blend(gate, streaming, full)
 
     @abstractmethod

@@ -70,7 +70,7 @@ class Layer:
         self.gate = streams[None].float().requires_grad_()
         self.plan = ec.HeadPlan.from_gate(
             self.gate,
-            streaming=ec.Streaming(sizes.sink, sizes.local),
+            sparse=ec.Streaming(sizes.sink, sizes.local),
             block_size=sizes.block_size,
         )
 

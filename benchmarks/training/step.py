@@ -103,9 +103,9 @@ def step(
 
     from elasticore.train import LagrangianObjective, RouterTrainer, checkpoint_layers
 
-    settings = ec.ElasticConfig(sink=sizes.sink, local=sizes.local, block_size=sizes.block_size)
+    sparse = ec.Streaming(sizes.sink, sizes.local)
     torch.manual_seed(0)
-    ec.elasticize(model, settings)
+    ec.elasticize(model, ec.Elastic(sparse=sparse, block_size=sizes.block_size))
     streams = spread(sizes.layers * sizes.kv_heads, sizes.share).to(device)
     for router, row in zip(ec.routers(model), streams.view(sizes.layers, -1), strict=True):
         router.sampler = Forced(row)  # type: ignore[assignment]

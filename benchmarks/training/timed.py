@@ -65,8 +65,8 @@ class Timed(HybridHeadAttention):
         v: Tensor,
         plan: ec.HeadPlan,
         *,
-        layout: ec.SequenceLayout | None = None,
-        scale: float | None = None,
+        layout: ec.SequenceLayout,
+        scale: float,
     ) -> Tensor:
         """See :class:`elasticore.HybridHeadAttention`."""
         stopwatch, phase = self.stopwatch, "forward"

@@ -5,9 +5,13 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-__all__ = ["tiny"]
+__all__ = ["ROUTERS", "tiny"]
 
 
 def tiny() -> Path:
     """Directory of the tiny model: ``backbone`` and ``router``."""
     return Path(str(files(__name__) / "tiny"))
+
+
+ROUTERS = {"tiny": tiny() / "router"}
+"""Trained routers in the package, by the name that a user gives."""

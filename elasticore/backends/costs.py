@@ -16,12 +16,11 @@ import math
 from collections.abc import Mapping
 from typing import TypeAlias
 
-import torch
-
 from elasticore.attention import AttentionRequest
-from elasticore.plan import HeadMode
+from elasticore.machine import capability
+from elasticore.patterns import HeadMode
 
-__all__ = ["HEADS", "KV_HEADS", "estimate", "family", "interpolate", "kind"]
+__all__ = ["HEADS", "KV_HEADS", "estimate", "interpolate", "kind"]
 
 HEADS, KV_HEADS = 32, 8
 """Query and KV heads of the calls that were measured, each of one sequence."""
@@ -36,20 +35,11 @@ def estimate(backend: str, request: AttentionRequest) -> float | None:
     No tensor is read and nothing is run. A request of another batch or other heads is looked up at
     the length of one sequence of ``HEADS`` heads with as much work.
     """
-    capability = family(request.device)
-    name = kind(request)
-    if capability is None or name is None:
+    family, name = capability(request.device), kind(request)
+    if family is None or name is None:
         return None
-    points = _table().get(capability, {}).get(name, {}).get(backend)
+    points = _table().get(family, {}).get(name, {}).get(backend)
     return None if points is None else interpolate(points, _length(request))
-
-
-@functools.cache
-def family(device: torch.device) -> str | None:
-    """The compute capability of an NVIDIA GPU, such as ``"9.0"``; None for any other device."""
-    if device.type != "cuda" or torch.version.cuda is None or not torch.cuda.is_available():
-        return None
-    return ".".join(map(str, torch.cuda.get_device_capability(device)))
 
 
 def kind(request: AttentionRequest) -> str | None:

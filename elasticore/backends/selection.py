@@ -7,8 +7,8 @@ from torch import Tensor
 
 from elasticore.backends.triton import TritonAttention
 from elasticore.layout import SequenceLayout
-from elasticore.patterns import BlockLists
-from elasticore.plan import HeadMode, HeadPlan
+from elasticore.patterns import BlockLists, HeadMode
+from elasticore.plan import HeadPlan
 
 __all__ = ["choose_blocks"]
 
@@ -31,12 +31,10 @@ def choose_blocks(
     """
     if HeadMode.SELECTED not in plan.lanes:
         return None
-    if every:
-        plan = plan.with_modes(torch.full_like(plan.modes, int(HeadMode.SELECTED)))
     if q.is_cuda and TritonAttention.available():
         from elasticore.backends.triton.selectors import select
 
-        return select(q, k, plan, layout, scale)
+        return select(q, k, plan, layout, scale, every=every)
     assert plan.selector is not None
     segments = layout.segments(q.shape[0], q.shape[2], k.shape[2], q.device)
     return plan.selector.select(q, k, segments, block_size=plan.block_size, scale=scale)

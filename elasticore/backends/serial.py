@@ -23,12 +23,11 @@ from elasticore.attention import (
     AttentionRequest,
     HybridHeadAttention,
     Verdict,
-    check_call,
     straight_through,
 )
 from elasticore.layout import SequenceLayout
-from elasticore.patterns.selector import BlockLists
-from elasticore.plan import HeadMode, HeadPlan
+from elasticore.patterns import BlockLists, HeadMode
+from elasticore.plan import HeadPlan
 
 __all__ = ["SerialAttention"]
 
@@ -65,11 +64,10 @@ class SerialAttention(HybridHeadAttention):
         v: Tensor,
         plan: HeadPlan,
         *,
-        layout: SequenceLayout | None = None,
-        scale: float | None = None,
+        layout: SequenceLayout,
+        scale: float,
     ) -> Tensor:
         """See :meth:`HybridHeadAttention.attend`."""
-        layout, scale = check_call(q, k, v, plan, layout, scale)
         out = _dispatch(q, k, v, plan, layout, scale)
         if plan.gate is None or not (plan.gate.requires_grad and torch.is_grad_enabled()):
             return out
@@ -83,15 +81,20 @@ def _dispatch(
 ) -> Tensor:
     """Run every sequence on its own slice of the batch; queries of padding stay zero."""
     batch, _, queries, _ = q.shape
-    segments = layout.segments(batch, queries, k.shape[2], q.device)
     modes = plan.modes.tolist()
     selection = None
-    if any(HeadMode.SELECTED in row for row in modes):
+    selects = HeadMode.SELECTED in plan.lanes and any(HeadMode.SELECTED in row for row in modes)
+    if selects or layout.kind != "dense":
+        segments = layout.segments(batch, queries, k.shape[2], q.device)
+    if selects:
         assert plan.selector is not None
         with torch.no_grad():
             selection = plan.selector.select(
                 q, k, segments, block_size=plan.block_size, scale=scale
             )
+    if layout.kind == "dense" and queries == 1 and not any(map(any, modes)):
+        # A step of decoding in which every head reads everything: SDPA itself.
+        return scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True)
     if layout.kind == "dense" and selection is None:
         # Equal lengths: the sequences of the batch are just more heads.
         flat = [mode for row in modes for mode in row]
@@ -145,6 +148,8 @@ def _sequence(
     Shapes: q ``[H, group, Tq, D]``; k, v ``[H, Tk, D]``; modes ``H`` entries; lists (only with
     SELECTED heads) ``[H, group, row blocks, width]``.
     """
+    if not any(modes):
+        return _full(q, k, v, scale)
     groups = {mode: [h for h, m in enumerate(modes) if m == mode] for mode in HeadMode}
     outputs, order = [], []
     for mode, heads in groups.items():
@@ -174,6 +179,8 @@ def _sequence(
 def _full(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Every key up to the query."""
     queries, keys = q.shape[2], k.shape[1]
+    if queries == 1:  # the last position: a step of decoding
+        return _sdpa(q, k, v, scale)
     # SDPA's causal kernels hold no scores; for float64 on a GPU PyTorch has none of them.
     if queries == keys and not (q.is_cuda and q.dtype == torch.float64):
         return _sdpa(q, k, v, scale, is_causal=True)

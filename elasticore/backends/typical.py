@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from elasticore.attention import AttentionRequest
-from elasticore.plan import HeadMode
+from elasticore.patterns import HeadMode
 
 __all__ = ["example_request", "typical_requests"]
 
@@ -49,10 +49,11 @@ def typical_requests(device: torch.device) -> dict[str, AttentionRequest]:
     def request(tokens: int, **changes: Any) -> AttentionRequest:
         return example_request(**{"device": device, "queries": tokens, "keys": tokens, **changes})
 
+    selected = frozenset({HeadMode.FULL, HeadMode.SELECTED})
     return {
         "prefill 4K": request(4 * K),
         "prefill 64K": request(64 * K),
-        "prefill 64K, with a selector": request(64 * K, lanes=frozenset(HeadMode)),
+        "prefill 64K, with a selector": request(64 * K, lanes=selected),
         "decode at 64K": request(64 * K, queries=1),
         "training 16K": request(16 * K, gradients=True),
     }

@@ -11,13 +11,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from elasticore.attention import Verdict, hybrid_head_attention
-from elasticore.backends.registry import backends, resolve
+from elasticore.attention import Verdict
+from elasticore.backends.registry import list_backends
 from elasticore.bench import peers
 from elasticore.bench.cases import Case, Engine, Ready, tokens
 from elasticore.bench.layer import AttentionWork
 from elasticore.bench.timing import stopped
-from elasticore.plan import HeadMode
+from elasticore.call import hybrid_head_attention
+from elasticore.choice import choose
+from elasticore.layout import SequenceLayout
+from elasticore.patterns import HeadMode
 
 __all__ = ["AttentionCase", "Backend", "DecodeCase", "OneByOne", "decode_cases", "prefill_cases"]
 
@@ -76,7 +79,7 @@ class AttentionCase(Case):
 
     def engines(self) -> Sequence[Engine]:
         """Every registered backend, then the peers that do the same work."""
-        ours: list[Engine] = [Backend(info.name) for info in backends()]
+        ours: list[Engine] = [Backend(info.name) for info in list_backends()]
         if self.batch > 1:
             return [*ours, *(OneByOne(engine.name) for engine in ours if not engine.peer)]
         if self.share == 0:
@@ -116,7 +119,7 @@ class DecodeCase(AttentionCase):
 
     def engines(self) -> Sequence[Engine]:
         """Every registered backend, and the dense peers where all heads are FULL."""
-        ours = [Backend(info.name) for info in backends()]
+        ours = [Backend(info.name) for info in list_backends()]
         return [*ours, *peers.DENSE_DECODE] if self.share == 0 else ours
 
 
@@ -132,7 +135,7 @@ class Backend(Engine):
 
     def available(self, case: AttentionCase, device: torch.device) -> Verdict:
         """Whether the backend can run here."""
-        info = next(info for info in backends() if info.name == self.backend)
+        info = next(info for info in list_backends() if info.name == self.backend)
         if info.available and device.type == "cuda" and case.queries == 1 and self.name in WAITING:
             return Verdict(False, "it waits for the device in every call: no CUDA graph holds it.")
         return Verdict(info.available, info.reason)
@@ -152,7 +155,7 @@ class Backend(Engine):
 
     def prepare(self, work: AttentionWork) -> Ready:
         """What is prepared for a routing is what a call takes longer that sees its first one."""
-        engine = resolve(self.backend, work.request())
+        engine = choose(self.backend, work.request()).engine
 
         def call() -> Tensor:
             return hybrid_head_attention(work.q, work.k, work.v, work.plan, backend=self.backend)
@@ -162,9 +165,9 @@ class Backend(Engine):
             return Ready(work.as_timed(call))
         again = stopped(work.device, call)
         # A backend made anew has seen nothing.
-        anew = stopped(
-            work.device, lambda: type(engine)().attend(work.q, work.k, work.v, work.plan)
-        )
+        of = (work.q, work.k, work.v, work.plan)
+        given = {"layout": SequenceLayout.dense(), "scale": work.case.head_dim**-0.5}
+        anew = stopped(work.device, lambda: type(engine)().attend(*of, **given))
         return Ready(work.as_timed(call), max(0.0, anew - again))
 
 
@@ -177,9 +180,9 @@ class OneByOne(Backend):
 
     def prepare(self, work: AttentionWork) -> Ready:
         """Split the plan by rows."""
-        resolve(self.backend, work.request())
+        choose(self.backend, work.request())
         rows = [
-            (slice(row, row + 1), work.plan.with_modes(work.plan.modes[row : row + 1]))
+            (slice(row, row + 1), work.plan.with_decisions(work.plan.decisions[row : row + 1]))
             for row in range(work.case.batch)
         ]
 

@@ -20,10 +20,11 @@ from elasticore.bench.cases import Case, Engine, Ready, Work, tokens
 from elasticore.bench.timing import stopped
 from elasticore.bench.topics import ROPE_THETA, plant_topics, topic_prompt
 from elasticore.layout import Segments, SequenceLayout
-from elasticore.models.config import ElasticConfig
-from elasticore.models.elastic import elasticize
+from elasticore.models import elastic
 from elasticore.models.recording import record
-from elasticore.router import AttentionRouter, FixedPolicy, Routing, random_head_table
+from elasticore.patterns import BlockSelector, Streaming
+from elasticore.plan import HeadPlan
+from elasticore.router import AttentionRouter, FixedPolicy, HeadTable, Modules, Routing
 
 __all__ = ["E2eCase", "E2eWork", "Elastic", "Unchanged", "e2e_cases"]
 
@@ -70,7 +71,7 @@ class E2eCase(Case):
         return max(2, round(1.5 * math.sqrt(self.length / 4096)))
 
     def engines(self) -> Sequence[Engine]:
-        """The unchanged model on each of SDPA's kernels, and the elastic one in several modes."""
+        """The unchanged model on each of SDPA's kernels, and the elastic one in several ways."""
         return [
             Unchanged("sdpa", None),
             Unchanged("sdpa-cudnn", SDPBackend.CUDNN_ATTENTION),
@@ -206,17 +207,17 @@ class Elastic(Engine):
 
     Parameters
     ----------
-    mode
-        As :class:`ElasticConfig` takes it.
+    preset
+        A preset's name: which patterns there are. Their sizes are the case's.
     share
         Share of sparse heads.
     """
 
     peer = False
 
-    def __init__(self, mode: str, share: float) -> None:
-        self.name = f"{mode}-{share:g}"
-        self.mode, self.share = mode, share
+    def __init__(self, preset: str, share: float) -> None:
+        self.name = f"{preset}-{share:g}"
+        self.preset, self.share = preset, share
 
     def available(self, case: E2eCase, device: torch.device) -> Verdict:
         """Everywhere."""
@@ -231,19 +232,24 @@ class Elastic(Engine):
     def prepare(self, work: E2eWork) -> Ready:
         """Make a twin of the model elastic, and note how sparse it is."""
         case, twin = work.case, work.twin()
-        table = random_head_table(case.layers, case.kv_heads, self.share, seed=0)
-        config = ElasticConfig(self.mode, case.sink, case.local, case.block_size)
-        elasticize(
-            twin, config, policies=[_Forced(one, case.head_dim, work.device) for one in table]
+        table = torch.as_tensor(
+            HeadTable.random(case.layers, case.kv_heads, self.share, seed=0).sparse
         )
+        way = elastic.Elastic(
+            Modules([_Forced(one, case.head_dim, work.device) for one in table]),
+            elastic.PRESETS[self.preset].retrieval,
+            Streaming(case.sink, case.local),
+            block_size=case.block_size,
+        )
+        elastic.elasticize(twin, way)
 
         def call() -> FirstToken:
             return FirstToken(work.prefill(twin), dense=self.share == 0)
 
-        return Ready(call, details=self._sparsity(call, work, config, table))
+        return Ready(call, details=self._sparsity(call, work, way, table))
 
     def _sparsity(
-        self, call: Callable[[], object], work: E2eWork, config: ElasticConfig, table: Tensor
+        self, call: Callable[[], object], work: E2eWork, way: elastic.Elastic, table: Tensor
     ) -> dict[str, Any]:
         """The backend, Ω_MSR, Ω_ESR, and the share of its keys that a SELECTED head reads."""
         with record() as trace:
@@ -251,11 +257,12 @@ class Elastic(Engine):
         (seen,) = trace.passes
         msr, esr = float(table.double().mean()), float(seen.esr.mean())
         found: dict[str, Any] = {"backend": seen.backend, "msr": msr, "esr": esr}
-        if config.selector is not None and msr < 1:
+        if isinstance(way.retrieval, BlockSelector) and msr < 1:
             length = work.case.length
             segments = SequenceLayout.dense().segments(1, length, length, torch.device("cpu"))
-            streaming = torch.ones(1, 1, dtype=torch.int8)
-            left_out = float(config.plan_without_selector(streaming).esr(segments))
+            one = torch.ones(1, 1, dtype=torch.int8)
+            streams = HeadPlan(one, sparse=way.sparse, block_size=way.block_size)
+            left_out = float(streams.esr(segments))
             found["selected"] = 1 - (esr - msr * left_out) / (1 - msr)
         return found
 

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from elasticore.attention import AttentionRequest, hybrid_head_attention
+from elasticore.attention import AttentionRequest
 from elasticore.bench.cases import Work
 from elasticore.bench.selector import choose_blocks, structured
 from elasticore.bench.timing import captured
+from elasticore.call import hybrid_head_attention
 from elasticore.layout import Segments, SequenceLayout
 from elasticore.patterns import BlockLists, BlockSelector, Streaming, XAttention
-from elasticore.plan import HeadMode, HeadPlan
+from elasticore.plan import HeadPlan
 
 if TYPE_CHECKING:
     from elasticore.bench.attention import AttentionCase
@@ -45,14 +46,10 @@ class AttentionWork(Work):
         self.case, self.device = case, device
         self.routing = case.routing()
         dtype = getattr(torch, case.dtype)
-        modes = torch.tensor(self.routing, dtype=torch.int8, device=device)
-        self.plan = HeadPlan(
-            modes,
-            sparse=HeadMode[case.sparse],
-            streaming=Streaming(case.sink, case.local),
-            selector=XAttention(threshold=0.9) if case.sparse == "SELECTED" else None,
-            block_size=case.block_size,
-        )
+        selected = case.sparse == "SELECTED"
+        sparse = XAttention(threshold=0.9) if selected else Streaming(case.sink, case.local)
+        decisions = (torch.tensor(self.routing, device=device) != 0).to(torch.int8)
+        self.plan = HeadPlan(decisions, sparse=sparse, block_size=case.block_size)
         if case.sparse == "SELECTED":
             self.q, self.k, self.v = structured(
                 case.length,
@@ -142,7 +139,7 @@ class AttentionWork(Work):
             plan = self.plan
             if self.case.sparse == "SELECTED":
                 chosen = _Chosen(self.lists, start // self.case.block_size)
-                plan = dataclasses.replace(plan, selector=chosen, check=False)
+                plan = dataclasses.replace(plan, sparse=chosen, check=False)
             found.append((rows, hybrid_head_attention(q, k, v, plan, backend="serial")))
         return found
 

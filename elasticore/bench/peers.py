@@ -21,7 +21,8 @@ from elasticore.attention import Verdict
 from elasticore.backends.flex import FlexAttention
 from elasticore.bench.cases import Engine, Ready
 from elasticore.bench.timing import planned
-from elasticore.plan import HeadMode
+from elasticore.layout import SequenceLayout
+from elasticore.patterns import HeadMode
 
 if TYPE_CHECKING:
     from elasticore.bench.attention import AttentionCase
@@ -107,7 +108,7 @@ class CudnnAndFlex(Engine):
 
         (full_q, full), (stream_q, stream) = lane(HeadMode.FULL), lane(HeadMode.STREAMING)
         flex = FlexAttention()
-        plan = work.plan.with_modes(work.plan.modes[:, stream])
+        plan = work.plan.with_decisions(work.plan.decisions[:, stream])
 
         def call() -> Tensor:
             out = torch.empty_like(work.q)
@@ -120,7 +121,12 @@ class CudnnAndFlex(Engine):
                     enable_gqa=True,
                 )
             out[:, stream_q] = flex.attend(
-                work.q[:, stream_q], work.k[:, stream], work.v[:, stream], plan
+                work.q[:, stream_q],
+                work.k[:, stream],
+                work.v[:, stream],
+                plan,
+                layout=SequenceLayout.dense(),
+                scale=work.case.head_dim**-0.5,
             )
             return out
 

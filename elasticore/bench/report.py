@@ -3,77 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import importlib.metadata
 import json
-import platform
-import shlex
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from elasticore import __version__
-from elasticore.backends.costs import family
 from elasticore.bench.cases import Case, case_type
 from elasticore.bench.run import Record
 
-__all__ = ["Results", "environment", "read_json", "table", "write_json"]
+__all__ = ["Results", "read_json", "table", "write_json"]
 
 Results = Sequence[tuple[Case, Sequence[Record]]]
 """Every case that was run, with a record per engine."""
-
-_PACKAGES = ("torch", "triton", "flashinfer-python", "transformers")
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """What the times depend on: the machine, the versions, the commit, the command, the date."""
-    versions: dict[str, str | None] = {
-        "python": platform.python_version(),
-        "elasticore": __version__,
-    }
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    gpu = device.type == "cuda"
-    cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": shlex.join(["elasticore", *sys.argv[1:]]),
-        "commit": _commit(),
-        "gpu": torch.cuda.get_device_name(device) if gpu else None,
-        "capability": family(device),
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "cpu": platform.processor() or platform.machine(),
-        "cpu_threads": torch.get_num_threads(),
-        "versions": {**versions, "cuda": torch.version.cuda, "cudnn": cudnn},
-    }
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that this package lies in, with a + if it has been changed."""
-    root = str(Path(__file__).resolve().parents[2])
-    commit = _output("git", "-C", root, "rev-parse", "HEAD")
-    changed = _output("git", "-C", root, "status", "--porcelain", "--untracked-files=no")
-    return commit and commit + "+" * bool(changed)
-
-
-def _output(*command: str) -> str | None:
-    """The first line that a command prints; None if it is missing or fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return next(iter(done.stdout.splitlines()), "")
 
 
 def write_json(results: Results, about: Mapping[str, Any], path: Path) -> None:

@@ -14,7 +14,7 @@ from elasticore.attention import Verdict
 from elasticore.bench.cases import Case, Engine, Ready, Work, tokens
 from elasticore.layout import Segments, SequenceLayout
 from elasticore.patterns import BlockLists, XAttention
-from elasticore.plan import HeadMode, HeadPlan
+from elasticore.plan import HeadPlan
 
 __all__ = [
     "SelectorCase",
@@ -127,12 +127,9 @@ class SelectorWork(Work):
             case.dtype,
             device,
         )
-        modes = torch.full((1, case.kv_heads), int(HeadMode.SELECTED), dtype=torch.int8)
-        self.plan = HeadPlan(
-            modes.to(device),
-            selector=XAttention(case.stride, case.threshold),
-            block_size=case.block_size,
-        )
+        decisions = torch.ones(1, case.kv_heads, dtype=torch.int8, device=device)
+        selector = XAttention(case.stride, case.threshold)
+        self.plan = HeadPlan(decisions, sparse=selector, block_size=case.block_size)
         self.segments = SequenceLayout.dense().segments(1, case.length, case.length, device)
         cells = case.length // case.stride
         pairs = cells * (cells + 1) / 2

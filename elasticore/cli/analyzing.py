@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from elasticore.cli.console import Backend, Json, app, err, out, plain_errors
-from elasticore.cli.preparing import bar, load, prompts_of, route, router_of, sparse_mode
+from elasticore.cli.preparing import bar, load, prompts_of, route, router_of, way_to_read
 
 analyze_app = typer.Typer(
     no_args_is_help=True, help="Look into heads and routers: a picture, and a CSV file beside it."
@@ -117,7 +117,7 @@ def sparsification(
         chosen = sorted({0.0, *(_ratio(part) for part in ratios.split(","))})
         backbone, tokenizer = load(model, dtype)
         prompts = prompts_of(backbone, tokenizer, tasks, length, samples, seed)
-        config = sparse_mode(backbone, model, router, method)
+        way = way_to_read(backbone, model, router, method)
         others = prompts_of(backbone, tokenizer, rank_tasks, length, samples, seed + samples)
         scores = retrieval_scores(backbone, others, progress=bar("ranking heads")).kv_heads
         with Progress(console=err) as whole:
@@ -131,7 +131,7 @@ def sparsification(
                 prompts,
                 scores,
                 ratios=chosen,
-                config=config,
+                way=way,
                 batch_size=batch_size,
                 step=step,
             )
@@ -264,13 +264,13 @@ def fidelity(
             raise ValueError("method cannot be given beside router, which says what is read.")
         backbone, tokenizer = load(model, dtype)
         prompts = prompts_of(backbone, tokenizer, tasks, length, samples, seed)
-        config = None
+        way = None
         if method is not None or router_of(model, router) is None:
-            config = sparse_mode(backbone, model, router, method)
+            way = way_to_read(backbone, model, router, method)
         else:
             route(backbone, model, router)
         found = head_fidelity(
-            backbone, prompts, config, rows=rows, seed=seed, progress=bar("comparing heads")
+            backbone, prompts, way, rows=rows, seed=seed, progress=bar("comparing heads")
         )
         fidelity_picture(found, output, title="Heads in their sparse mode; dots: routed so")
     shown = Table("task", "query heads", title="In the sparse mode", title_justify="left")
@@ -279,7 +279,7 @@ def fidelity(
     for task in dict.fromkeys(one.task for one in found):
         own = [one for one in found if one.task == task]
         groups = {"all": [1.0] * len(own)}
-        if config is None:
+        if way is None:
             groups["routed sparse"] = [one.sparse for one in own]
             groups["not routed sparse"] = [1 - one.sparse for one in own]
         for name, weights in groups.items():
@@ -343,7 +343,7 @@ def _analysis(output: Path, backend: str = "auto") -> Iterator[None]:
     with plain_errors():
         import transformers.utils.logging
 
-        from elasticore.backends.registry import use_backend
+        from elasticore.choice import use_backend
         from elasticore.drawing import check_picture, pyplot
 
         check_picture("output", output)

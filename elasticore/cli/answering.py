@@ -35,7 +35,7 @@ def demo(
     with plain_errors():
         from transformers.utils.logging import disable_progress_bar
 
-        from elasticore.backends.registry import use_backend
+        from elasticore.choice import use_backend
         from elasticore.demo import run_demo
         from elasticore.eval.plots import routing_picture
 
@@ -117,8 +117,8 @@ def run(
     with plain_errors():
         import torch
 
-        from elasticore.backends.registry import use_backend
-        from elasticore.models.files import load_router
+        from elasticore.choice import use_backend
+        from elasticore.models.elastic import elasticize
         from elasticore.models.loading import TINY, load_backbone
         from elasticore.models.recording import record
 
@@ -127,13 +127,9 @@ def run(
             raise ValueError(f"prompt-file {prompt_file} is empty.")
         with use_backend(backend), err.status(f"loading {model}"):
             backbone, tokenizer = load_backbone(model, dtype)
-            if router is None and model == TINY:
-                from elasticore.assets import tiny
-
-                router = str(tiny() / "router")
-            if router is None:
+            if router is None and model != TINY:
                 raise ValueError("router is missing: pass --router with the trained routers.")
-            load_router(backbone, router, check_base=check_base)
+            elasticize(backbone, router or TINY, check_base=check_base)
         if chat:
             text = tokenizer.apply_chat_template(
                 [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True

@@ -47,10 +47,11 @@ def bench(
 
         from elasticore.bench.cases import SUITES, Case, Engine, cases_of
         from elasticore.bench.plots import picture
-        from elasticore.bench.report import Results, environment, read_json, table, write_json
+        from elasticore.bench.report import Results, read_json, table, write_json
         from elasticore.bench.run import Record, Session
         from elasticore.bench.timing import Clock
         from elasticore.drawing import pyplot
+        from elasticore.machine import environment
 
         if plot is not None:
             pyplot()

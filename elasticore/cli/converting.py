@@ -47,8 +47,8 @@ def convert_official(
             "layers": done.layers,
             "mapped": [dict(zip(("theirs", "ours", "shape"), m, strict=True)) for m in done.mapped],
             "unread": done.unread,
-            "config": done.config.to_dict(),
-            "base_model": done.base_model,
+            "way": done.way.to_dict(),
+            "base_model": done.way.base,
             "notes": done.notes,
         }
         print(json.dumps(report, indent=2))
@@ -61,10 +61,9 @@ def convert_official(
     out.print(shown)
     if done.unread:
         out.print("Not read by inference: " + escape(", ".join(done.unread)))
-    config, base = done.config, done.base_model
+    way, base = done.way, done.way.base or {}
     out.print(
-        f"Settings: {config.mode}, sink {config.sink}, local {config.local}, hidden multiplier "
-        f"{config.hidden_multiplier}. Backbone: {base['family']}, {base['kv_heads']} KV heads of "
+        f"Way: {escape(repr(way))}. Backbone: {base['family']}, {base['kv_heads']} KV heads of "
         f"{base['head_dim']}."
     )
     for note in done.notes:
@@ -96,33 +95,36 @@ def convert_pattern(
     mistralai/Mistral-7B-Instruct-v0.2[/]
     """
     with plain_errors():
-        from elasticore.models.loading import load_backbone
-        from elasticore.models.static import convert_pattern
+        import torch
 
+        from elasticore.eval.methods import published
+        from elasticore.models.elastic import way_of
+        from elasticore.models.loading import load_backbone
+
+        way = published(path, sparsity, sink, local)
         with err.status(f"loading {model}"):
             backbone = load_backbone(model, "bfloat16")[0]
-            done = convert_pattern(
-                path, output, backbone, sparsity=sparsity, sink=sink, local=local
-            )
-    share = float(done.sparse.double().mean())
+        with way.on(backbone):  # the table is of this model's sizes
+            folder = way_of(backbone).save(output)
+    table = torch.as_tensor(way.policy.sparse)  # type: ignore[attr-defined]
+    share = float(table.double().mean())
     if as_json:
         report = {
-            "router": str(done.path),
+            "router": str(folder),
             "msr": share,
-            "sparse": done.sparse.int().tolist(),
-            "config": done.config.to_dict(),
+            "sparse": table.int().tolist(),
+            "way": way.to_dict(),
         }
         print(json.dumps(report, indent=2))
         return
-    layers, kv_heads = done.sparse.shape
+    layers, kv_heads = table.shape
     shown = Table(title="Heads that stream: ×; full attention: ·", title_justify="left")
     shown.add_column("layer", justify="right")
     shown.add_column(f"{kv_heads} KV heads")
-    for index, row in enumerate(done.sparse.tolist()):
+    for index, row in enumerate(table.tolist()):
         shown.add_row(str(index), " ".join("×" if sparse else "·" for sparse in row))
     out.print(shown)
-    config = done.config
     out.print(
-        f"Ω_MSR {share:.3f} of {layers * kv_heads} heads; sink {config.sink}, local "
-        f"{config.local}, blocks of {config.block_size}. Pattern: [bold]{done.path}[/]"
+        f"Ω_MSR {share:.3f} of {layers * kv_heads} heads; {escape(repr(way.sparse))}, blocks of "
+        f"{way.block_size}. Pattern: [bold]{folder}[/]"
     )

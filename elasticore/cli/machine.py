@@ -1,15 +1,15 @@
-"""``elasticore doctor``: what this machine has."""
+"""``elasticore doctor``: what this machine has, and whether elastic models work on it."""
 
 from __future__ import annotations
 
-import importlib.metadata
+import dataclasses
 import json
-import platform
 
+import typer
 from rich.markup import escape
 from rich.table import Table
 
-from elasticore.cli.console import Json, app, out
+from elasticore.cli.console import Json, app, err, out
 
 _PACKAGES = (
     "torch",
@@ -25,27 +25,22 @@ _PACKAGES = (
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Show versions, devices and backends, what auto would run, and why.
+    """Show versions, devices and backends, what auto would run, and why; and try it out.
 
-    Where a backend is not available, its reason says what to do.
+    Where a backend is not available, its reason says what to do. A toy model with all heads full
+    must give the logits that it gives without elasticore; the exit code is 1 if it does not.
 
     Example: [bold]elasticore doctor[/]
     """
     import torch
 
-    from elasticore import __version__
-    from elasticore.backends.registry import AUTO, backends, choose
+    from elasticore.backends.registry import AUTO, list_backends
     from elasticore.backends.typical import typical_requests
+    from elasticore.choice import choose
+    from elasticore.cli.checking import compare_with_plain
+    from elasticore.machine import versions
 
-    versions: dict[str, str | None] = {
-        "elasticore": __version__,
-        "python": platform.python_version(),
-    }
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
+    found = versions(*_PACKAGES)
     devices = [f"cpu ({torch.get_num_threads()} threads)"]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -53,24 +48,29 @@ def doctor(as_json: Json = False) -> None:
             f"cuda:{index} {properties.name}, {properties.total_memory / 2**30:.0f} GiB, "
             f"sm_{properties.major}{properties.minor}"
         )
-    table = backends()
+    table = list_backends()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     choices = {name: choose(AUTO, request) for name, request in typical_requests(device).items()}
+    compared = compare_with_plain()
+    works = all(one.equal is not False for one in compared)
     if as_json:
         report = {
-            "versions": versions,
+            "versions": found,
             "devices": devices,
             "backends": [backend._asdict() for backend in table],
             "auto": {
                 name: {"backend": choice.name, "reason": choice.reason}
                 for name, choice in choices.items()
             },
+            "all heads full": [dataclasses.asdict(one) for one in compared],
         }
         print(json.dumps(report, indent=2))
+        if not works:
+            raise typer.Exit(1)
         return
     lines = Table("package", "version", title="Versions", title_justify="left")
-    for package, found in versions.items():
-        lines.add_row(package, found or "[dim]not installed[/]")
+    for package, version in found.items():
+        lines.add_row(package, version or "[dim]not installed[/]")
     out.print(lines)
     out.print("[bold]Devices[/]", *devices, sep="\n  ")
     shown = Table("backend", "available", "lanes", "devices", title="Backends")
@@ -92,3 +92,15 @@ def doctor(as_json: Json = False) -> None:
     for name, choice in choices.items():
         picks.add_row(name, choice.name, escape(choice.reason))
     out.print(picks)
+    checks = Table("logits of", "equal", "", title="All heads full beside the plain model")
+    checks.title_justify = "left"
+    for one in compared:
+        told = one.reason or f"largest difference {one.difference:.1e}"
+        checks.add_row(one.name, "[green]yes[/]" if one.equal else "[red]no[/]", escape(told))
+    out.print(checks)
+    if not works:
+        err.print(
+            "[red]error:[/] an elastic model is not the model here, even with all heads full; "
+            "install a transformers that elasticore's documentation names."
+        )
+        raise typer.Exit(1)

@@ -7,7 +7,7 @@ from typing import Any
 
 from elasticore.cli.console import count, err
 
-__all__ = ["bar", "load", "prompts_of", "route", "router_of", "sparse_mode"]
+__all__ = ["bar", "load", "prompts_of", "route", "router_of", "way_to_read"]
 
 
 def load(model: str, dtype: str) -> tuple[Any, Any]:
@@ -44,44 +44,36 @@ def prompts_of(
 
 def router_of(model: str, router: str | None) -> str | None:
     """The routers that are named, or those that come with the model."""
-    from elasticore.assets import tiny
     from elasticore.models.loading import TINY
 
-    router = model if router is None and model == TINY else router
-    return str(tiny() / "router") if router == TINY else router
+    return TINY if router is None and model == TINY else router
 
 
 def route(backbone: Any, model: str, router: str | None) -> None:
     """Make the backbone elastic."""
-    from elasticore.models.files import load_router
+    from elasticore.models.elastic import elasticize
 
     path = router_of(model, router)
     if path is None:
         raise ValueError("router is missing: pass --router with the trained routers.")
-    load_router(backbone, path)
+    elasticize(backbone, path)
 
 
-def sparse_mode(backbone: Any, model: str, router: str | None, method: str | None) -> Any:
-    """The settings of a sparse head: by a method, by routers, or the paper's."""
-    from elasticore.eval import methods
-    from elasticore.models.config import ElasticConfig
-    from elasticore.models.elastic import is_elastic
-    from elasticore.models.state import STATE
+def way_to_read(backbone: Any, model: str, router: str | None, method: str | None) -> Any:
+    """The way whose sparse heads are looked at: a method's, the routers', or the paper's."""
+    from elasticore.eval.methods import Method
+    from elasticore.models.elastic import Elastic
 
-    path = router_of(model, router)
-    if method is not None:
-        chosen = methods.Method.parse(method)
-    elif path is not None:
-        chosen = methods.Method("router", "router", {"path": path})
-    else:
-        return ElasticConfig()
-    with chosen.on(backbone):
-        if not is_elastic(backbone):
-            raise ValueError(
-                f"method {method} has no lane of sparse heads; name streaming or a selector, as "
-                "xattention:threshold=0.9."
-            )
-        return getattr(backbone, STATE).config
+    if method is None:
+        path = router_of(model, router)
+        return Elastic() if path is None else Elastic.load(path)
+    way = Method.parse(method).way(backbone)
+    if way is None:
+        raise ValueError(
+            f"method {method} has no lane of sparse heads; name streaming or a selector, as "
+            "xattention:threshold=0.9."
+        )
+    return way
 
 
 def bar(text: str) -> Callable[[Sequence[Any]], Iterable[Any]]:

@@ -38,7 +38,7 @@ def train(
         list[str] | None,
         typer.Option(
             "--set",
-            help="Change a setting, such as elastic.boundary=50; repeatable.",
+            help="Change a setting, such as elastic.policy.boundary=50; repeatable.",
             metavar="KEY=VALUE",
         ),
     ] = None,

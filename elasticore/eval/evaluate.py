@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from elasticore.backends.registry import use_backend
+from elasticore.choice import use_backend
 from elasticore.errors import UnsupportedRequest
 from elasticore.eval.costs import costs, in_groups
 from elasticore.eval.journal import Journal
@@ -88,7 +88,7 @@ def evaluate(
     output
         The folder. One that holds another evaluation is refused.
     check_base
-        See :func:`~elasticore.load_router`.
+        See :func:`~elasticore.elasticize`.
     progress
         ``(method, batches) -> batches``, for a progress bar.
 
@@ -101,7 +101,7 @@ def evaluate(
     UnsupportedRequest
         If the model or a batch does not fit into memory; answers that are there are kept.
     """
-    from elasticore.bench.report import environment
+    from elasticore.machine import environment
 
     output = Path(output)
     methods = [Method.parse(text) for text in evaluation.methods]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -13,22 +13,19 @@ import yaml
 from torch import nn
 from transformers import PreTrainedModel
 
-from elasticore.assets import tiny
+from elasticore.assets import ROUTERS
 from elasticore.eval.baselines import PerQuery, attend_with, load_nsa
-from elasticore.models.config import ElasticConfig
-from elasticore.models.elastic import elasticize, restore
-from elasticore.models.families import attention_layers
-from elasticore.models.files import load_router
-from elasticore.models.loading import TINY
-from elasticore.models.static import apply_pattern
-from elasticore.patterns.registry import selector_from_dict
-from elasticore.router.policies import fixed_policies
+from elasticore.models.elastic import Elastic
+from elasticore.models.families import attention_layers, is_local
+from elasticore.patterns import Streaming
+from elasticore.patterns.registry import pattern_from_dict
+from elasticore.router.policies import AllSparse, Policy
+from elasticore.router.tables import HeadTable
 
-__all__ = ["Method"]
+__all__ = ["Method", "published"]
 
-FULL, STREAMING, ROUTER, PATTERN, NSA = "full", "streaming", "router", "pattern", "nsa"
+FULL, ROUTER, PATTERN, NSA = "full", "router", "pattern", "nsa"
 PER_QUERY = "-per-query"
-_STREAMING = ("sink", "local", "block_size")
 _PATTERN = ("sparsity", "sink", "local")
 
 
@@ -43,13 +40,13 @@ class Method:
     kind
         ``full``: the backbone itself. ``router``: trained routers, or a static head table that was
         saved as such. ``pattern``: a head table as DuoAttention or PruLong publish it.
-        ``streaming``: every head streams. A selector's name, such as
-        ``xattention``: every head reads the blocks that it selects; with ``-per-query`` after it,
-        as ``moba-per-query``, every query selects for itself, slowly. ``nsa``: its three branches.
+        A pattern's name, as ``streaming`` or ``xattention``: every head reads what it says; with
+        ``-per-query`` after it, as ``moba-per-query``, every query selects for itself, slowly.
+        ``nsa``: its three branches.
     settings
         ``path`` of a router (``tiny`` is the one in the package), of a pattern or of NSA's parts;
-        ``sparsity`` of a pattern; ``sink`` and ``local`` of it or of streaming; the selector's own;
-        ``block_size``; and ``from_layer``, the first layer that is sparse.
+        ``sparsity`` of a pattern, and its ``sink`` and ``local``; or those of the named pattern,
+        with ``block_size`` and ``from_layer``, the first layer that is sparse.
     """
 
     name: str
@@ -87,6 +84,46 @@ class Method:
             raise ValueError(f"method {text!r} names no kind; such as full, streaming, xattention.")
         return cls(name or _folder_name(kind, settings), kind, settings)
 
+    def way(self, model: PreTrainedModel) -> Elastic | None:
+        """The method as a value; None for ``full`` and for what no lane can run.
+
+        Parameters
+        ----------
+        model
+            The backbone, whose layers are counted; it is left as it is.
+
+        Raises
+        ------
+        ValueError
+            If a setting is unknown or wrong, or there is no method of this kind.
+        """
+        settings = dict(self.settings)
+        if self.kind in (FULL, NSA) or self.kind.endswith(PER_QUERY):
+            return None
+        if self.kind == ROUTER:
+            path = self._path(settings, "DIRECTORY of trained routers")
+            self._none_left(settings)
+            return Elastic.load(path)
+        if self.kind == PATTERN:
+            path = self._path(settings, "FILE.tsv or DIRECTORY of DuoAttention or PruLong")
+            own = {key: settings.pop(key) for key in _PATTERN if key in settings}
+            self._none_left(settings)
+            return published(path, **own)
+        block_size, first = settings.pop("block_size", None), settings.pop("from_layer", None)
+        policy: Policy = AllSparse()
+        if first is not None:
+            layers = attention_layers(model)
+            if not isinstance(first, int) or not 0 <= first < len(layers):
+                raise ValueError(
+                    f"method {self.kind}: from_layer must be from 0 to {len(layers) - 1}, got "
+                    f"{first!r}."
+                )
+            heads = model.config.num_key_value_heads
+            rows = (index >= first for index, one in enumerate(layers) if not is_local(one))
+            policy = HeadTable([[int(sparse)] * heads for sparse in rows])
+        pattern = pattern_from_dict({"name": self.kind, **settings})
+        return Elastic(policy, sparse=pattern, block_size=block_size)
+
     @contextmanager
     def on(self, model: PreTrainedModel, *, check_base: bool = True) -> Iterator[None]:
         """Let ``model`` attend like this inside the ``with`` block; it must not be elastic.
@@ -96,89 +133,82 @@ class Method:
         model
             The backbone; as before afterwards.
         check_base
-            See :func:`~elasticore.load_router`.
+            See :func:`~elasticore.elasticize`.
 
         Raises
         ------
         ValueError
-            If a setting is unknown or wrong, or there is no method of this kind.
+            As :meth:`way`.
         """
-        settings = dict(self.settings)
-        if self.kind == FULL:
-            _none_left(self.kind, settings)
-            yield
-            return
-        if self.kind == NSA or self.kind.endswith(PER_QUERY):
-            with attend_with(model, self._modules(model, settings)):
+        way = self.way(model)
+        if way is not None:
+            with way.on(model, check_base=check_base):
                 yield
-            return
-        if self.kind == ROUTER:
-            path = self._path(settings, "DIRECTORY of trained routers")
-            _none_left(self.kind, settings)
-            load_router(model, path, check_base=check_base)
-        elif self.kind == PATTERN:
-            path = self._path(settings, "FILE.tsv or DIRECTORY of DuoAttention or PruLong")
-            own = {key: settings.pop(key) for key in list(settings) if key in _PATTERN}
-            _none_left(self.kind, settings)
-            apply_pattern(model, path, **own)
-        else:
-            layers = len(attention_layers(model))
-            first = settings.pop("from_layer", 0)
-            if not isinstance(first, int) or not 0 <= first < layers:
-                raise ValueError(
-                    f"method {self.kind}: from_layer must be from 0 to {layers - 1}, got {first!r}."
-                )
-            heads = model.config.num_key_value_heads
-            table = [[int(layer >= first)] * heads for layer in range(layers)]
-            elasticize(model, self._config(settings), policies=fixed_policies(table))
-        try:
+        elif self.kind == FULL:
+            self._none_left(self.settings)
             yield
-        finally:
-            restore(model)
+        else:
+            with attend_with(model, self._modules(model)):
+                yield
 
     def digest(self) -> str | None:
         """SHA-256 of the files at ``path``; None without any on this machine."""
         if "path" not in self.settings:
             return None
-        place = Path(_place(self.settings["path"]))
+        path = str(self.settings["path"])
+        place = Path(ROUTERS.get(path, path))
         files = sorted(place.rglob("*")) if place.is_dir() else [place]
         found = [file.read_bytes() for file in files if file.is_file()]
         return sha256(b"".join(found)).hexdigest() if found else None
+
+    def _modules(self, model: PreTrainedModel) -> Sequence[nn.Module]:
+        """The attention of every layer, for methods that no lane can run."""
+        settings = dict(self.settings)
+        if self.kind == NSA:
+            path = self._path(settings, "FILE.safetensors of its trained parts")
+            self._none_left(settings)
+            return list(load_nsa(model, path))
+        selector: Any = pattern_from_dict({"name": self.kind.removesuffix(PER_QUERY), **settings})
+        return [PerQuery(selector) for _ in attention_layers(model)]
 
     def _path(self, settings: dict[str, Any], what: str) -> str:
         path = settings.pop("path", None)
         if path is None:
             raise ValueError(f"method {self.kind} needs path={what}.")
-        return _place(path)
+        return str(path)
 
-    def _config(self, settings: dict[str, Any]) -> ElasticConfig:
-        """What every head of a static method reads."""
-        if self.kind == STREAMING:
-            own = {key: settings.pop(key) for key in list(settings) if key in _STREAMING}
-            _none_left(self.kind, settings)
-            return ElasticConfig("fa-ssa", **own)
-        block = {key: settings.pop(key) for key in list(settings) if key == "block_size"}
-        selector = selector_from_dict({"name": self.kind, **settings})
-        return ElasticConfig("fa-xa", selector=selector, **block)
-
-    def _modules(self, model: PreTrainedModel, settings: dict[str, Any]) -> Sequence[nn.Module]:
-        """The attention of every layer, for methods that no lane can run."""
-        if self.kind == NSA:
-            path = self._path(settings, "FILE.safetensors of its trained parts")
-            _none_left(self.kind, settings)
-            return list(load_nsa(model, path))
-        selector: Any = selector_from_dict({"name": self.kind.removesuffix(PER_QUERY), **settings})
-        return [PerQuery(selector) for _ in attention_layers(model)]
+    def _none_left(self, settings: dict[str, Any]) -> None:
+        if settings:
+            raise ValueError(f"method {self.kind} has no settings {', '.join(settings)}.")
 
 
-def _place(path: Any) -> str:
-    """Where a path leads; ``tiny`` is a name for the routers in the package."""
-    return str(tiny() / "router") if path == TINY else str(path)
+def published(
+    path: str | Path,
+    sparsity: float | None = None,
+    sink: int | None = None,
+    local: int | None = None,
+) -> Elastic:
+    """The way to attend that DuoAttention or PruLong published in a file.
 
+    Parameters
+    ----------
+    path, sparsity
+        See :meth:`HeadTable.read <elasticore.HeadTable.read>`, where the share is ``msr``.
+    sink, local
+        Tokens that a streaming head reads. None: those of DuoAttention's ``config.json``; for a
+        file alone, PruLong's 128 and 1,024.
 
-def _none_left(kind: str, settings: dict[str, Any]) -> None:
-    if settings:
-        raise ValueError(f"method {kind} has no settings {', '.join(settings)}.")
+    Raises
+    ------
+    FileNotFoundError
+        If there is nothing at ``path``.
+    ValueError
+        If it is damaged, or has a sink or window that no block size divides.
+    """
+    table = HeadTable.read(path, sparsity)
+    given = {"sink": sink, "local": local}
+    own = {name: size for name, size in given.items() if size is not None}
+    return Elastic(table, sparse=replace(table.streaming or Streaming(128, 1024), **own))
 
 
 def _folder_name(kind: str, settings: dict[str, Any]) -> str:

@@ -91,7 +91,10 @@ def _score_batch(model: Any, samples: list[Sample]) -> list[Score]:
         logits = [first.logits]
         if answer.shape[1] > 1:
             cache = getattr(first, CACHE)
-            logits.append(model(answer[:, :-1], **{CACHE: cache}, use_cache=True).logits)
+            fed = answer[:, :-1]
+            # Asked for the logits of all of them, an elastic model knows that they are no prompt.
+            kept = {"use_cache": True, "logits_to_keep": fed.shape[1]}
+            logits.append(model(fed, **{CACHE: cache}, **kept).logits)
     scores = torch.cat(logits, 1).float()
     hits = scores.argmax(-1) == answer
     losses = torch.nn.functional.cross_entropy(

@@ -1,54 +1,274 @@
-"""Make a Hugging Face model elastic, and undo it: hooks only."""
+"""A way to attend, and models that attend so: ``Elastic``, ``elasticize``, ``restore``."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from elasticore.errors import UnsupportedModel
-from elasticore.models import function
-from elasticore.models.config import ElasticConfig
-from elasticore.models.families import attention_layers, family_of, is_local
-from elasticore.models.state import ROUTER, STATE, LayerState, ModelState
-from elasticore.router import AttentionRouter, GumbelSigmoid, GumbelSoftmax, Routing, Sampler
+from elasticore.assets import ROUTERS
+from elasticore.errors import RouterMismatch, UnsupportedModel
+from elasticore.models.attach import attach, backbone_of, detach, state_of
+from elasticore.models.attached import ROUTER, STATE, ModelState
+from elasticore.models.files import read_files, upload_files, write_files
+from elasticore.models.fingerprint import check_base_model, fingerprint
+from elasticore.patterns import BlockSelector, Full, Pattern, Streaming, XAttention
+from elasticore.patterns.registry import pattern_from_dict, pattern_to_dict
+from elasticore.plan import HeadPlan
+from elasticore.router.policies import Policy, Router, as_policy
+from elasticore.router.registry import policy_from_dict, policy_to_dict
+from elasticore.router.router import AttentionRouter
+from elasticore.router.routing import Routing
 
-__all__ = ["elasticize", "is_elastic", "restore", "routers", "routings"]
+__all__ = ["PRESETS", "Elastic", "elasticize", "is_elastic", "restore", "routers", "way_of"]
 
 Model = TypeVar("Model", bound=nn.Module)
-_SAMPLERS: dict[str, Callable[[], Sampler]] = {
-    "gumbel-softmax": GumbelSoftmax,
-    "gumbel-sigmoid": GumbelSigmoid,
+
+_BLOCK_SIZES = (128, 64, 32, 16)
+
+
+@dataclass(frozen=True)
+class Elastic:
+    """A way to attend: one policy that decides, and the two patterns it decides between.
+
+    Parameters
+    ----------
+    policy
+        What decides for every head: :class:`Router`, :class:`HeadTable`, :class:`AllSparse`,
+        :class:`AllRetrieval`, or a list of modules of one's own, one per elastic layer.
+    retrieval
+        What a head reads that is routed to retrieval: :class:`Full`, or a selector.
+    sparse
+        What a head reads that is routed to sparse: :class:`Streaming`, or a selector.
+    block_size
+        Tokens per block: 16, 32, 64 or 128. None takes the largest that both patterns allow.
+    decode
+        Once a prompt is prefilled: ``"routed"`` keeps every head's pattern (heads with a selector
+        read everything in passes shorter than a block, which no selector can score); ``"full"``
+        lets all heads read everything, as the paper's released code does.
+    turn
+        A further prompt on a cache in which tokens were generated: ``"renew"`` decides anew, from
+        the beginning of the whole text and its newest end; ``"keep"`` keeps what was decided.
+    base
+        The fingerprint of the backbone that the policy was trained for; None if it is for any.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a setting is out of range; the message names it.
+
+    Examples
+    --------
+    >>> import elasticore as el
+    >>> way = el.Elastic(el.Router(boundary=100), sparse=el.Streaming(sink=128, local=2048))
+    >>> way.block_size
+    128
+    >>> el.Elastic(el.AllSparse(), sparse=el.MoBA()).retrieval
+    Full()
+    """
+
+    policy: Policy = field(default_factory=Router)
+    retrieval: Pattern = Full()  # noqa: RUF009 - a frozen value
+    sparse: Pattern = Streaming()  # noqa: RUF009
+    _: KW_ONLY
+    block_size: int = None  # type: ignore[assignment]  # settled below
+    decode: Literal["routed", "full"] = "routed"
+    turn: Literal["renew", "keep"] = "renew"
+    base: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "policy", as_policy(self.policy))
+        if self.block_size is None:
+            object.__setattr__(self, "block_size", _largest(self.retrieval, self.sparse))
+        for name, accepted in (("decode", ("routed", "full")), ("turn", ("renew", "keep"))):
+            if getattr(self, name) not in accepted:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(accepted)}, got {getattr(self, name)!r}."
+                )
+        self.plan(torch.zeros(1, 1, dtype=torch.int8))  # the patterns, and that they go together
+
+    def plan(self, decisions: Tensor, *, short: bool = False) -> HeadPlan:
+        """The plan of ``decisions`` (int8 ``[sequences, kv_heads]``, values not read).
+
+        Parameters
+        ----------
+        short
+            Whether it is for a pass shorter than a block that goes on after a prompt.
+        """
+        retrieval, sparse = self.retrieval, self.sparse
+        if short:
+            every = self.decode == "full"
+            # No selector can score a fraction of a row block.
+            retrieval, sparse = (
+                Full() if every or isinstance(pattern, BlockSelector) else pattern
+                for pattern in (retrieval, sparse)
+            )
+        return HeadPlan(decisions, retrieval, sparse, block_size=self.block_size, check=False)
+
+    def plan_of(self, routing: Routing) -> HeadPlan:
+        """The plan of what a policy decided, with the gradient of its gate if it has one."""
+        if routing.gate is None or not routing.gate.requires_grad:
+            return self.plan(routing.decisions)
+        return HeadPlan.from_gate(
+            routing.gate, self.retrieval, self.sparse, block_size=self.block_size
+        )
+
+    @contextmanager
+    def on(self, model: Model, *, check_base: bool = True) -> Iterator[Model]:
+        """Let ``model`` attend so inside the ``with`` block; see :func:`elasticize`."""
+        elasticize(model, self, check_base=check_base)
+        try:
+            yield model
+        finally:
+            restore(model)
+
+    def save(
+        self, path: str | Path, *, push_to_hub: str | None = None, private: bool = True
+    ) -> Path:
+        """Write ``router.json`` and ``router.safetensors`` to a directory; return it.
+
+        Parameters
+        ----------
+        path
+            The directory; made if missing.
+        push_to_hub
+            ``"user/name"`` of a hub repository to upload the two files to.
+        private
+            Whether a repository that is created is private.
+
+        Raises
+        ------
+        ValueError
+            If the policy, or a pattern, is one that no file can name.
+        """
+        tensors = self.policy.tensors()
+        folder = write_files(path, self.to_dict(), tensors, self.base)
+        if push_to_hub is not None:
+            upload_files(folder, push_to_hub, private)
+        return folder
+
+    @classmethod
+    def load(cls, name: str | Path, *, revision: str | None = None) -> Elastic:
+        """The way called ``name``; never runs code from a hub.
+
+        Parameters
+        ----------
+        name
+            A directory, a hub id ``"user/name"``, the name of routers that ship with the package
+            (``"tiny"``), or a preset with new routers: ``"fa-ssa"``, ``"fa-xa"`` or ``"xa-ssa"``.
+        revision
+            Branch, tag or commit of a hub repository.
+
+        Raises
+        ------
+        RouterNotFound
+            If there is nothing of that name.
+        TypeError
+            If it is no str or Path.
+        ValueError
+            If a file is damaged or of a newer format.
+        """
+        if isinstance(name, str) and name in PRESETS:
+            return PRESETS[name]
+        if isinstance(name, str) and name in ROUTERS:
+            name = ROUTERS[name]
+        folder, settings, tensors, base = read_files(name, revision)
+        try:
+            return cls.from_dict(settings, tensors, base)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"path {folder} does not fit together: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain JSON values, without the policy's tensors."""
+        return {
+            "policy": policy_to_dict(self.policy),
+            "retrieval": pattern_to_dict(self.retrieval),
+            "sparse": pattern_to_dict(self.sparse),
+            "block_size": self.block_size,
+            "decode": self.decode,
+            "turn": self.turn,
+        }
+
+    @classmethod
+    def from_dict(
+        cls,
+        data: Mapping[str, Any],
+        tensors: Mapping[str, Tensor] | None = None,
+        base: Mapping[str, Any] | None = None,
+    ) -> Elastic:
+        """The way of which :meth:`to_dict` wrote the settings; what is left out has its default.
+
+        Raises
+        ------
+        TypeError, ValueError
+            On settings that are unknown or out of range.
+        """
+        if not isinstance(data, Mapping):
+            raise TypeError(f"data must be a mapping of settings, got {type(data).__name__}.")
+        known = [f.name for f in dataclasses.fields(cls) if f.name not in ("base", "_")]
+        unknown = sorted(set(data) - set(known))
+        if unknown:
+            raise ValueError(
+                f"data has unknown settings {', '.join(map(str, unknown))}; there are: "
+                f"{', '.join(known)}."
+            )
+        settings = dict(data)
+        for name in ("retrieval", "sparse"):
+            if isinstance(settings.get(name), Mapping):
+                settings[name] = pattern_from_dict(settings[name])
+        policy = settings.pop("policy", {"name": "router"})
+        if isinstance(policy, Mapping):
+            policy = policy_from_dict(policy, tensors or {})
+        return cls(policy, **settings, base=base)
+
+
+def _largest(*patterns: Pattern) -> int:
+    """The largest block size that all patterns allow; 16 if there is none, which says why."""
+    for size in _BLOCK_SIZES:
+        try:
+            for pattern in patterns:
+                pattern.check(size)
+        except (ValueError, AttributeError):
+            continue
+        return size
+    return _BLOCK_SIZES[-1]
+
+
+PRESETS: dict[str, Elastic] = {
+    "fa-ssa": Elastic(),
+    "fa-xa": Elastic(sparse=XAttention()),
+    "xa-ssa": Elastic(retrieval=XAttention()),
 }
+"""The paper's three ways, by its names for them."""
 
 
 def elasticize(
-    model: Model,
-    router: ElasticConfig | str | Path | None = None,
-    *,
-    policies: Iterable[nn.Module] | None = None,
+    model: Model, way: Elastic | str | Path | None = None, *, check_base: bool = True
 ) -> Model:
-    """Let a router in every layer of ``model`` choose the mode of each KV head per input.
+    """Let every KV head of ``model`` choose its pattern per input.
 
-    Nothing in the model is copied or patched: each attention layer gets hooks that tap its keys
-    before rotary embedding, a submodule ``attention_router``, and the attention implementation
-    ``elasticore``. Layers that the model itself keeps inside a sliding window stay as they are.
-    The model's parameters are not touched; freezing them is up to the trainer.
+    Nothing in the model is copied or patched: the model and its attention layers get hooks, a
+    submodule ``attention_router``, and the attention implementation ``elasticore``. Layers that
+    the model itself keeps inside a sliding window stay as they are. The model's parameters are not
+    touched; freezing them is up to the trainer.
 
     Parameters
     ----------
     model
-        A decoder of a supported family (``elasticore.FAMILIES``); changed in place.
-    router
-        What to route with: an :class:`ElasticConfig` for new, untrained routers (the default
-        settings if None), or a directory or hub id of trained ones (:func:`load_router`).
-    policies
-        Instead of new routers: one module per elastic layer, called as ``policy(keys, segments)``
-        and returning a ``Routing``, such as :class:`AllSparse` or those of
-        :func:`fixed_policies`.
+        A decoder of a supported family (``elasticore.FAMILIES``), or a PEFT model around one;
+        changed in place.
+    way
+        An :class:`Elastic`, or what :meth:`Elastic.load` takes. None: new, untrained routers
+        between full and streaming attention.
+    check_base
+        Whether to insist on the very weights that the way was trained for. False allows, say, a
+        fine-tuned copy of the same sizes.
 
     Returns
     -------
@@ -58,9 +278,14 @@ def elasticize(
     Raises
     ------
     UnsupportedModel
-        If the family, or a layer of it, cannot be made elastic. The model is as it was.
+        If the family, a layer of it or the version of transformers is none that is known.
+    RouterMismatch
+        If the way was trained for another model; the message says in what it differs.
+    RouterNotFound
+        If there is no way of that name.
     TypeError, ValueError
         If an argument is wrong, or the model is elastic already.
+        Whatever is raised, the model is as it was.
 
     Examples
     --------
@@ -69,49 +294,23 @@ def elasticize(
     ...     hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
     ...     num_key_value_heads=2, vocab_size=100)
     >>> model = transformers.LlamaForCausalLM(config)
-    >>> model = elasticore.elasticize(model, elasticore.ElasticConfig(mode="fa-ssa"))
+    >>> model = elasticore.elasticize(model, "fa-ssa")
     >>> model = elasticore.restore(model)
     """
-    if isinstance(router, (str, Path)):
-        from elasticore.models.files import load_router
-
-        if policies is not None:
-            raise ValueError("policies cannot be given together with the path of trained routers.")
-        return load_router(model, router)
-    _check_model(model)
-    config = ElasticConfig() if router is None else router
-    if not isinstance(config, ElasticConfig):
-        raise TypeError(
-            f"router must be an ElasticConfig, a path, a hub id or None, got {router!r}."
-        )
-    backbone: Any = model
-    family = family_of(model)
-    layers = attention_layers(model)
-    elastic = [layer for layer in layers if not is_local(layer)]
-    if not elastic:
-        raise UnsupportedModel(
-            f"model ({backbone.config.model_type}) keeps all of its {len(layers)} layers inside a "
-            "sliding window, so there is none to make elastic."
-        )
-    for layer in elastic:
-        if not (getattr(layer, "is_causal", True) and getattr(backbone.config, "is_causal", True)):
-            raise UnsupportedModel(
-                f"model ({backbone.config.model_type}) attends in both directions; elastic "
-                "attention is causal."
-            )
-        if not isinstance(getattr(layer, family.module, None), nn.Module):
-            raise UnsupportedModel(
-                f"model ({backbone.config.model_type}) has no {family.module} in layer "
-                f"{layer.layer_idx}, where its keys were expected."
-            )
-    modules = _routers(elastic, config) if policies is None else _policies(elastic, policies)
-
-    state = ModelState(config, backbone.config, family, local_layers=len(layers) - len(elastic))
+    backbone = backbone_of(model)
+    name = way if isinstance(way, (str, Path)) else None
+    if name is not None:
+        way = Elastic.load(name)
+    elif way is None:
+        way = Elastic()
+    if not isinstance(way, Elastic):
+        raise TypeError(f"way must be an Elastic, a path, a name or None, got {way!r}.")
     try:
-        _attach(model, state, elastic, modules)
-    except BaseException:
-        _detach(model, state)
-        raise
+        if way.base is not None:
+            check_base_model(way.base, fingerprint(backbone), check_base)
+        attach(backbone, way)
+    except (RouterMismatch, UnsupportedModel) as error:
+        raise error if name is None else type(error)(f"{name}: {error}") from None
     return model
 
 
@@ -123,130 +322,35 @@ def restore(model: Model) -> Model:
     ValueError
         If ``model`` is not elastic.
     """
-    _detach(model, _state(model))
+    detach(backbone_of(model), state_of(model))
     return model
 
 
 def is_elastic(model: nn.Module) -> bool:
     """Whether ``model`` has been through :func:`elasticize` and not through :func:`restore`."""
-    return isinstance(getattr(model, STATE, None), ModelState)
+    try:
+        backbone = backbone_of(model)
+    except TypeError:
+        return False
+    return isinstance(getattr(backbone, STATE, None), ModelState)
 
 
 def routers(model: nn.Module) -> list[nn.Module]:
-    """The routers (or policies) of an elastic model, one per elastic layer."""
-    return [layer.router for layer in _state(model).layers]
+    """The policy's modules in an elastic model, one per elastic layer."""
+    return [getattr(layer, ROUTER) for layer in state_of(model).layers]
 
 
-def routings(model: nn.Module) -> list[Routing]:
-    """What each router decided in the latest pass that routed, with gradients in training.
+def way_of(model: nn.Module) -> Elastic:
+    """How an elastic model attends, with its routers' weights as they are now: to be saved.
 
     Raises
     ------
     ValueError
-        If the model is not elastic, or its latest pass routed nothing.
+        If ``model`` is not elastic.
     """
-    state = _state(model)
-    if len(state.routings) != len(state.layers):
-        raise ValueError("model has no routing yet: its latest pass was not a prefill.")
-    return [state.routings[layer.index] for layer in state.layers]
-
-
-def _check_model(model: object) -> None:
-    from transformers import PreTrainedModel
-
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"model must be a transformers.PreTrainedModel, got {type(model).__name__}."
-        )
-    if is_elastic(model):
-        raise ValueError("model is elastic already; call elasticore.restore(model) first.")
-
-
-def _state(model: nn.Module) -> ModelState:
-    state = getattr(model, STATE, None)
-    if not isinstance(state, ModelState):
-        raise ValueError("model is not elastic; call elasticore.elasticize(model, ...) first.")
-    return state
-
-
-def _routers(layers: Sequence[nn.Module], config: ElasticConfig) -> list[nn.Module]:
-    made: list[nn.Module] = []
-    for layer in layers:
-        router = AttentionRouter(
-            int(layer.head_dim),  # type: ignore[arg-type]
-            config.hidden_multiplier,
-            config.boundary,
-            _SAMPLERS[config.sampler](),
-            device=next(layer.parameters()).device,
-        )
-        # Routers start in the model's mode; they stay in float32, whatever the backbone's dtype.
-        made.append(router.train(layer.training))
-    return made
-
-
-def _policies(layers: Sequence[nn.Module], policies: Iterable[nn.Module]) -> list[nn.Module]:
-    try:
-        made = list(policies)
-    except TypeError:
-        raise TypeError(f"policies must be a sequence of modules, got {policies!r}.") from None
-    if len(made) != len(layers):
-        raise ValueError(
-            f"policies must hold one module per elastic layer ({len(layers)}), got {len(made)}."
-        )
-    for layer, policy in zip(layers, made, strict=True):
-        if not isinstance(policy, nn.Module):
-            raise TypeError(f"policies must be nn.Modules, got {policy!r}.")
-        policy.to(next(layer.parameters()).device)
-    return made
-
-
-def _attach(
-    model: Any, state: ModelState, layers: Sequence[nn.Module], modules: Sequence[nn.Module]
-) -> None:
-    function.register()
-    original = model.config
-    # A config may be shared with another model: this one gets its own. Local layers keep the
-    # original, and with it their own attention implementation.
-    elastic_config = copy.deepcopy(original)
-    setattr(elastic_config, function.ORIGINAL, original._attn_implementation)
-    elastic_config._attn_implementation = function.IMPLEMENTATION
-    local = {id(layer) for layer in attention_layers(model)} - {id(layer) for layer in layers}
-    state.snapshot = elastic_config.to_dict()
-    setattr(model, STATE, state)
-    for module in model.modules():
-        if getattr(module, "config", None) is original and id(module) not in local:
-            state.reconfigured.append(module)
-            module.config = elastic_config
-    for index, (layer, router) in enumerate(zip(layers, modules, strict=True)):
-        one = LayerState(index, layer, state)
-        state.layers.append(one)
-        setattr(layer, STATE, one)
-        layer.add_module(ROUTER, router)
-        tapped = layer.get_submodule(state.family.module)
-        state.handles += [
-            layer.register_forward_pre_hook(one.before, with_kwargs=True),
-            tapped.register_forward_hook(one.tap),
-        ]
-    state.handles += [
-        model.base_model.register_forward_pre_hook(state.begin, with_kwargs=True),
-        model.base_model.register_forward_hook(state.end),
-    ]
-
-
-def _detach(model: nn.Module, state: ModelState) -> None:
-    for handle in state.handles:
-        handle.remove()
-    config = state.original
-    if state.reconfigured:
-        own: Any = state.reconfigured[0].config
-        if own.to_dict() != state.snapshot and own._attn_implementation == function.IMPLEMENTATION:
-            # Changed while elastic, as by resize_token_embeddings: what changed must not be lost.
-            config = own
-            config._attn_implementation = state.original._attn_implementation
-            delattr(config, function.ORIGINAL)
-    for module in state.reconfigured:
-        module.config = config
-    for one in state.layers:
-        one.attention._modules.pop(ROUTER, None)
-        one.attention.__dict__.pop(STATE, None)
-    model.__dict__.pop(STATE, None)
+    way, found = state_of(model).way, routers(model)
+    base = fingerprint(backbone_of(model))
+    if isinstance(way.policy, Router) and all(isinstance(r, AttentionRouter) for r in found):
+        weights = [{k: v.detach() for k, v in router.state_dict().items()} for router in found]
+        way = dataclasses.replace(way, policy=dataclasses.replace(way.policy, weights=weights))
+    return dataclasses.replace(way, base=base)

@@ -1,178 +1,66 @@
-"""Routers on disk and on the hub: safetensors and JSON, never code."""
+"""A way to attend on disk and on the hub: JSON and safetensors, never code."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from elasticore import __version__
-from elasticore.errors import ElasticoreError
-from elasticore.models.config import ElasticConfig
-from elasticore.models.elastic import _check_model, _state, elasticize, is_elastic, restore, routers
-from elasticore.models.families import attention_layers, family_of
-from elasticore.router import AttentionRouter, FixedPolicy
+from elasticore.errors import RouterNotFound
+from elasticore.models.fingerprint import HUB_ID
 
-__all__ = ["RouterMismatch", "RouterNotFound", "fingerprint", "load_router", "save_router"]
+__all__ = ["read_files", "upload_files", "write_files"]
 
 WEIGHTS, SETTINGS = "router.safetensors", "router.json"
-FORMAT = 1
-_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
-
-Model = TypeVar("Model", bound=nn.Module)
-
-
-class RouterMismatch(ElasticoreError, ValueError):
-    """Routers that were trained for another model than the one they are loaded into."""
-
-
-class RouterNotFound(ElasticoreError, FileNotFoundError, ValueError):
-    """No routers where they were said to be, neither on disk nor on the hub."""
-
-
-def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """What identifies the backbone that routers belong to: its sizes and a hash of its weights.
-
-    The hash covers a sample of the embedding and of every layer's norms, rounded to bfloat16, so
-    that a model loaded in float32 and in bfloat16 is the same one. Loading in float16 may round to
-    other values; :func:`load_router` then needs ``check_base=False``.
-    """
-    config: Any = model.config
-    layers = attention_layers(model)
-    samples: list[Tensor] = [model.get_input_embeddings().weight]  # type: ignore[operator]
-    samples += [p for name, p in model.named_parameters() if name.endswith("layernorm.weight")]
-    name = str(getattr(config, "_name_or_path", ""))
-    return {
-        "family": config.model_type,
-        "layers": len(layers),
-        "kv_heads": config.num_key_value_heads,
-        "head_dim": int(layers[0].head_dim),  # type: ignore[arg-type]
-        "weights": weights_hash(samples),
-        # A hub id says where the model is from; of a local path only the last part means anything.
-        "name": name if _HUB_ID.match(name) else Path(name).name,
-    }
-
-
-def weights_hash(samples: Iterable[Tensor]) -> str:
-    """The hash in a :func:`fingerprint`, of the embedding and then every layer's norms."""
-    digest = hashlib.sha256()
-    for tensor in samples:
-        flat = tensor.detach().flatten()
-        picked = flat[:: max(1, flat.numel() // 256)][:256]
-        digest.update(
-            picked.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()
-        )
-    return digest.hexdigest()[:32]
-
-
-def save_router(
-    model: nn.Module, path: str | Path, *, push_to_hub: str | None = None, private: bool = True
-) -> Path:
-    """Write an elastic model's routers and settings to a directory.
-
-    Parameters
-    ----------
-    model
-        An elastic model with trained routers, or with the :class:`FixedPolicy` of a head table.
-    path
-        Directory for ``router.safetensors`` and ``router.json``; made if missing.
-    push_to_hub
-        ``"user/name"`` of a hub repository to upload the two files to.
-    private
-        Whether a repository that is created is private.
-
-    Returns
-    -------
-    Path
-        The directory.
-
-    Raises
-    ------
-    ValueError
-        If the model is not elastic or runs a policy that has nothing to save.
-    """
-    state = _state(model)
-    tensors = {}
-    for index, router in enumerate(routers(model)):
-        if not isinstance(router, (AttentionRouter, FixedPolicy)):
-            raise ValueError(
-                f"model runs the policy {type(router).__name__}; only AttentionRouters and "
-                "FixedPolicies are saved."
-            )
-        for name, tensor in router.state_dict().items():
-            tensors[f"layers.{index}.{name}"] = tensor.detach().cpu().contiguous()
-    path = write_files(path, tensors, state.config, fingerprint(model))
-    if push_to_hub is not None:
-        from huggingface_hub import HfApi
-
-        api = HfApi()
-        api.create_repo(push_to_hub, private=private, exist_ok=True)
-        for name in (WEIGHTS, SETTINGS):
-            api.upload_file(path_or_fileobj=path / name, path_in_repo=name, repo_id=push_to_hub)
-    return path
+FORMAT = 2
+_OLD_MODES = {"fa": {"name": "full"}, "ssa": {"name": "streaming"}, "xa": {"name": "xattention"}}
 
 
 def write_files(
-    path: str | Path, tensors: dict[str, Tensor], config: ElasticConfig, base_model: dict[str, Any]
+    path: str | Path,
+    way: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    base_model: Mapping[str, Any] | None,
 ) -> Path:
-    """Write the two files of :func:`save_router` from what they hold; return the directory.
+    """Write the two files of a way to attend; return the directory, made if missing.
 
     Parameters
     ----------
     path
-        The directory; made if missing.
-    tensors
-        ``layers.INDEX.NAME`` with the names of a router's ``state_dict``.
-    config
-        The settings.
+        The directory. Each file appears whole or not at all.
+    way, tensors
+        Its settings as JSON values, and the policy's tensors.
     base_model
-        The :func:`fingerprint` of the backbone.
+        The fingerprint of the backbone that it is for, or None.
     """
     from safetensors.torch import save
 
     settings = {
         "format": FORMAT,
         "elasticore": __version__,
-        "config": config.to_dict(),
-        "base_model": base_model,
+        "way": dict(way),
+        "base_model": None if base_model is None else dict(base_model),
     }
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    # Each file appears whole or not at all.
     with tempfile.TemporaryDirectory(dir=path) as scratch:
-        Path(scratch, WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
+        Path(scratch, WEIGHTS).write_bytes(save(held, metadata={"format": "pt"}))
         Path(scratch, SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         for name in (WEIGHTS, SETTINGS):
             Path(scratch, name).replace(path / name)
     return path
 
 
-def load_router(
-    model: Model, path: str | Path, *, check_base: bool = True, revision: str | None = None
-) -> Model:
-    """Make ``model`` elastic with the trained routers, or the head table, at ``path``.
-
-    Reads ``router.json`` and ``router.safetensors`` only; never runs code from a hub.
-
-    Parameters
-    ----------
-    model
-        The backbone that the routers were trained on; if it is elastic already, its routers are
-        replaced. On failure it is left as it was.
-    path
-        A directory, or a hub id ``"user/name"``.
-    check_base
-        Whether to insist on the very weights that the routers were trained on. False allows, say,
-        a fine-tuned copy of the same sizes.
-    revision
-        Branch, tag or commit of a hub repository.
+def read_files(
+    path: str | Path, revision: str | None = None
+) -> tuple[Path, dict[str, Any], dict[str, Tensor], dict[str, Any] | None]:
+    """Read what :func:`write_files` wrote: the directory, settings, tensors, base model.
 
     Raises
     ------
@@ -180,8 +68,6 @@ def load_router(
         If ``path`` is no directory with the two files, and the hub has none.
     TypeError
         If ``path`` is no str or Path.
-    RouterMismatch
-        If the routers belong to another model; the message says in what it differs.
     ValueError
         If a file is damaged or of a newer format.
     """
@@ -189,52 +75,26 @@ def load_router(
     from safetensors.torch import load_file
 
     folder = _folder(path, revision)
-    config, saved = _settings(folder / SETTINGS)
+    way, base_model = _settings(folder / SETTINGS)
     try:
         tensors = load_file(folder / WEIGHTS)
     except SafetensorError as error:
         raise ValueError(f"path {folder / WEIGHTS} is damaged: {error}.") from error
+    if way.get("policy") is None:  # format 1: the names of the tensors say it
+        table = bool(tensors) and all(name.endswith(".decisions") for name in tensors)
+        way["policy"] = {"name": "head-table"} if table else way.pop("router")
+        way.pop("router", None)
+    return folder, way, tensors, base_model
 
-    before = _state(model) if is_elastic(model) else None
-    if before is None:
-        _check_model(model)
-    family_of(model)
-    _check_base(saved, fingerprint(model), folder, check_base)
-    layers: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        match = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
-        if match is None:
-            raise ValueError(f"path {folder / WEIGHTS} holds an unexpected tensor {name!r}.")
-        layers.setdefault(int(match[1]), {})[match[2]] = tensor
-    old = None if before is None else (before.config, routers(model))
-    if before is not None:
-        restore(model)
-    try:
-        elasticize(model, config)
-        made = routers(model)
-        if sorted(layers) != list(range(len(made))):
-            raise RouterMismatch(
-                f"path {folder} holds routers for {len(layers)} layers; model has {len(made)}."
-            )
-        if all(set(layer) == {"decisions"} for layer in layers.values()):  # a head table
-            table = [FixedPolicy(layers[index]["decisions"]) for index in sorted(layers)]
-            restore(model)
-            elasticize(model, config, policies=table)
-            return model
-        for index, router in enumerate(made):
-            try:
-                router.load_state_dict(layers[index])
-            except RuntimeError as error:
-                raise ValueError(
-                    f"path {folder / WEIGHTS} does not fit its own settings: {error}"
-                ) from error
-    except BaseException:
-        if is_elastic(model):
-            restore(model)
-        if old is not None:
-            elasticize(model, old[0], policies=old[1])
-        raise
-    return model
+
+def upload_files(path: Path, repository: str, private: bool) -> None:
+    """Upload the two files to the hub, to a repository that is made if missing."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(repository, private=private, exist_ok=True)
+    for name in (WEIGHTS, SETTINGS):
+        api.upload_file(path_or_fileobj=path / name, path_in_repo=name, repo_id=repository)
 
 
 def _folder(path: str | Path, revision: str | None) -> Path:
@@ -242,7 +102,7 @@ def _folder(path: str | Path, revision: str | None) -> Path:
         raise TypeError(f"path must be a str or a Path, got {path!r}.")
     folder = Path(path)
     if not folder.is_dir():
-        if not isinstance(path, str) or not _HUB_ID.match(path):
+        if not isinstance(path, str) or not HUB_ID.match(path):
             raise RouterNotFound(f"path {path} is neither a directory nor a hub id user/name.")
         folder = _download(path, revision)
     missing = [name for name in (WEIGHTS, SETTINGS) if not (folder / name).is_file()]
@@ -264,33 +124,48 @@ def _download(hub_id: str, revision: str | None) -> Path:
         ) from error
 
 
-def _settings(path: Path) -> tuple[ElasticConfig, dict[str, Any]]:
-    """The settings in ``path``, and the fingerprint of the model that the routers belong to."""
+def _settings(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The settings of a way in ``path``, and the fingerprint of its base model."""
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
         # The format comes first: a newer one may hold settings that nothing here knows.
-        if settings["format"] != FORMAT:
+        if found["format"] == 1:
+            return _of_format_1(found["config"]), dict(found["base_model"])
+        if found["format"] != FORMAT:
             raise ValueError(
-                f"format {settings['format']!r}, but this elasticore reads {FORMAT}; update it"
+                f"format {found['format']!r}, but this elasticore reads {FORMAT}; update it"
             )
-        saved = dict(settings["base_model"])
-        return ElasticConfig.from_dict(settings["config"]), saved
+        base_model = found["base_model"]
+        return dict(found["way"]), None if base_model is None else dict(base_model)
     except KeyError as error:
         raise ValueError(f"path {path} is no router file: {error} is missing.") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"path {path} is no router file: {error}") from error
 
 
-def _check_base(saved: dict[str, Any], own: dict[str, Any], folder: Path, strict: bool) -> None:
-    sizes = ("family", "layers", "kv_heads", "head_dim")
-    wrong = [
-        f"{key} {saved.get(key)} (model: {own[key]})" for key in sizes if saved.get(key) != own[key]
-    ]
-    if wrong:
-        raise RouterMismatch(f"path {folder} holds routers of another model: {', '.join(wrong)}.")
-    if strict and saved.get("weights") != own["weights"]:
-        raise RouterMismatch(
-            f"path {folder} holds routers trained on other weights than this model's (they were "
-            f"trained on {saved.get('name') or 'a model without a name'}); load that one, or pass "
-            "check_base=False to use them all the same."
-        )
+def _of_format_1(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that files had under ``config``, as those of a way; the policy is open."""
+    known = {"mode", "sink", "local", "block_size", "selector", "boundary", "hidden_multiplier"}
+    unknown = sorted(set(config) - known - {"sampler", "decode"})
+    if unknown:
+        raise ValueError(f"config has unknown settings {', '.join(unknown)}")
+    names = str(config.get("mode", "fa-ssa")).split("-")
+    if len(names) != 2 or not set(names) <= set(_OLD_MODES):
+        raise ValueError(f"config has the mode {config.get('mode')!r}")
+    patterns = [dict(_OLD_MODES[name]) for name in names]
+    for name, pattern in zip(names, patterns, strict=True):
+        if name == "ssa":
+            pattern |= {"sink": config.get("sink", 128), "local": config.get("local", 2048)}
+        elif name == "xa" and config.get("selector"):
+            pattern.clear()
+            pattern |= config["selector"]
+    router = {
+        key: config[key] for key in ("boundary", "hidden_multiplier", "sampler") if key in config
+    }
+    return {
+        "router": {"name": "router", **router},
+        "retrieval": patterns[0],
+        "sparse": patterns[1],
+        "block_size": config.get("block_size", 128),
+        "decode": config.get("decode", "routed"),
+    }

@@ -10,9 +10,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from elasticore.errors import ElasticoreError
-from elasticore.models.state import IMPLEMENTATION, STATE, LayerState
+from elasticore.models.attached import IMPLEMENTATION, PASS, STATE, LayerState, attend
 
-__all__ = ["IMPLEMENTATION", "ORIGINAL", "register"]
+__all__ = ["ORIGINAL", "register"]
 
 ORIGINAL = "_elasticore_original_implementation"
 """Attribute of an elastic model's config: the implementation that its local layers keep."""
@@ -31,8 +31,7 @@ def attention_function(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """One attention call for all heads of an elastic layer, in transformers' own signature."""
-    layer = getattr(module, STATE, None)
-    if not isinstance(layer, LayerState):
+    if not isinstance(getattr(module, STATE, None), LayerState) or PASS not in kwargs:
         raise ElasticoreError(
             f"attn_implementation={IMPLEMENTATION!r} is set by elasticore.elasticize(model), which "
             "this model has not been through; load it with another implementation first."
@@ -48,19 +47,22 @@ def attention_function(
         # Rotary embedding and norms leave autocast's dtype; SDPA would go back to it as well.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    out = layer.attend(query, key, value, attention_mask, scaling, kwargs)
-    return out.transpose(1, 2).contiguous(), None
+    out = attend(module, query, key, value, scaling, kwargs[PASS])
+    out = out.transpose(1, 2).contiguous()
+    # A batch of one may keep any stride there, for which torch.compile would compile again.
+    return out.view(-1).view(out.shape), None
 
 
 def mask_function(
     batch_size: int,
     q_length: int,
     kv_length: int,
+    kv_offset: int = 0,
     attention_mask: Tensor | None = None,
     config: Any = None,
     **kwargs: Any,
 ) -> Any:
-    """The mask of an elastic model: the padding mask ``[B, positions seen]``, or None.
+    """The mask of an elastic model: the padding mask ``[B, positions]`` from the first key on.
 
     Nothing of size T×T is made, and nothing is read on the host. Layers that the model keeps inside
     a window get the mask that their own implementation makes.
@@ -72,6 +74,7 @@ def mask_function(
             batch_size=batch_size,
             q_length=q_length,
             kv_length=kv_length,
+            kv_offset=kv_offset,
             attention_mask=attention_mask,
             config=config,
             **kwargs,
@@ -81,7 +84,7 @@ def mask_function(
             "attention_mask: this model adds a mask of its own (or_mask_function or "
             "and_mask_function); elastic attention is causal, with padding and packing only."
         )
-    return None if attention_mask is None else attention_mask[:, -kv_length:]
+    return None if attention_mask is None else attention_mask[:, kv_offset:]
 
 
 def register() -> None:

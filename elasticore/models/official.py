@@ -21,18 +21,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from elasticore.models.config import ElasticConfig
-from elasticore.models.files import fingerprint, weights_hash, write_files
-from elasticore.patterns import XAttention
+from elasticore.models.elastic import Elastic
+from elasticore.models.fingerprint import fingerprint, weights_hash
+from elasticore.patterns import Full, Pattern, Streaming, XAttention
+from elasticore.router.policies import Router
 
 __all__ = ["Conversion", "convert_official"]
 
 _FAMILIES = {"PawQwen3ForCausalLM": "qwen3", "PawLlamaForCausalLM": "llama"}
-_MODES = {
-    ("full", "streaming"): "fa-ssa",
-    ("full", "xattn"): "fa-xa",
-    ("xattn", "streaming"): "xa-ssa",
-}
+_PAIRS = (("full", "streaming"), ("full", "xattn"), ("xattn", "streaming"))
+"""What a checkpoint may call the patterns of retrieval and of sparse heads."""
 _BLOCK = 128
 """Sinks and windows are counted in blocks of this size there."""
 
@@ -60,10 +58,8 @@ class Conversion:
     ----------
     path
         The router directory.
-    config
-        Our settings.
-    base_model
-        The backbone's fingerprint.
+    way
+        What was written: the settings, the routers, and the backbone's fingerprint as its ``base``.
     layers
         Layers with a router.
     mapped
@@ -75,8 +71,7 @@ class Conversion:
     """
 
     path: Path
-    config: ElasticConfig
-    base_model: dict[str, Any]
+    way: Elastic
     layers: int
     mapped: list[tuple[str, str, list[int]]]
     unread: list[str]
@@ -90,7 +85,7 @@ def convert_official(
     model: nn.Module | None = None,
     threshold: float = 0.9,
 ) -> Conversion:
-    """Write the routers of an official checkpoint as :func:`save_router` would.
+    """Write the routers of an official checkpoint as :meth:`Elastic.save` would.
 
     Parameters
     ----------
@@ -101,7 +96,7 @@ def convert_official(
     model
         The backbone; needed only where the checkpoint does not hold it.
     threshold
-        Of XAttention, in modes that have it: 0.9 in the paper and in training. The released
+        Of XAttention, where a pattern is that: 0.9 in the paper and in training. The released
         evaluation uses 0.8.
 
     Returns
@@ -137,8 +132,7 @@ def convert_official(
             f"path {folder} holds routers of layers {sorted(surplus)}, but config.json says "
             f"num_hidden_layers {len(layers)}."
         )
-    config = _config(settings, _multiplier(layers, settings), threshold)
-    base_model = _base_model(tensors, settings, model)
+    way = _way(settings, layers, threshold, _base_model(tensors, settings, model))
     notes = [
         "The two logits changed places: class 1 is full attention there, sparse here.",
         "Prompts under 200 tokens: the first and last 100 overlap. The released evaluation counts "
@@ -146,17 +140,11 @@ def convert_official(
         'decode="full", as in the released code: heads are sparse in the prefill only. "routed" in '
         "router.json keeps them sparse in decoding too.",
     ]
-    if config.selector is not None:
+    if XAttention in (type(way.retrieval), type(way.sparse)):
         notes.append(f"XAttention's threshold is {threshold:g}; the released evaluation uses 0.8.")
-    written = {
-        f"layers.{index}.{name}": tensor
-        for index, layer in layers.items()
-        for name, tensor in layer.items()
-    }
     return Conversion(
-        write_files(out, written, config, base_model),
-        config,
-        base_model,
+        way.save(out),
+        way,
         len(layers),
         [(_theirs(name), name, list(tensor.shape)) for name, tensor in layers[0].items()],
         sorted({re.sub(r"\.\d+\.", ".{i}.", n, count=1) for n in tensors if _UNREAD.fullmatch(n)}),
@@ -223,7 +211,7 @@ def _settings(folder: Path) -> dict[str, Any]:
         **saved,
     }
     kind = settings["architectures"][0]
-    modes = settings["retrieval_mode"], settings["toggle_type"]
+    pair = settings["retrieval_mode"], settings["toggle_type"]
     for wrong, message in (
         (kind not in _FAMILIES, f"architectures [{kind!r}]; known are {', '.join(_FAMILIES)}"),
         (
@@ -235,9 +223,9 @@ def _settings(folder: Path) -> dict[str, Any]:
             f"pooling_mode {settings['pooling_mode']!r}; the released inference has 'ctx_q' only",
         ),
         (
-            modes not in _MODES,
-            f"retrieval_mode {modes[0]!r} with toggle_type {modes[1]!r}; known are "
-            f"{', '.join(map(str, _MODES))}",
+            pair not in _PAIRS,
+            f"retrieval_mode {pair[0]!r} with toggle_type {pair[1]!r}; known are "
+            f"{', '.join(map(str, _PAIRS))}",
         ),
     ):
         if wrong:
@@ -291,19 +279,28 @@ def _multiplier(layers: Mapping[int, Mapping[str, Tensor]], settings: Mapping[st
     return m
 
 
-def _config(settings: Mapping[str, Any], multiplier: int, threshold: float) -> ElasticConfig:
-    mode = _MODES[settings["retrieval_mode"], settings["toggle_type"]]
+def _way(
+    settings: Mapping[str, Any],
+    layers: Mapping[int, Mapping[str, Tensor]],
+    threshold: float,
+    base: Mapping[str, Any],
+) -> Elastic:
     sink, local = (
         -(-int(settings[k]) // _BLOCK) * _BLOCK for k in ("sink_size", "local_window_size")
     )
-    return ElasticConfig(
-        mode,
-        sink=sink,
-        local=local,
+    patterns: dict[str, Pattern] = {
+        "full": Full(),
+        "streaming": Streaming(sink, local),
+        "xattn": XAttention(threshold=threshold),
+    }
+    multiplier = _multiplier(layers, settings)
+    return Elastic(
+        Router(hidden_multiplier=multiplier, weights=[layers[index] for index in sorted(layers)]),
+        patterns[settings["retrieval_mode"]],
+        patterns[settings["toggle_type"]],
         block_size=_BLOCK,
-        selector=XAttention(threshold=threshold) if "xa" in mode else None,
-        hidden_multiplier=multiplier,
         decode="full",
+        base=base,
     )
 
 

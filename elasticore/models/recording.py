@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from elasticore.attention import AttentionRequest
-from elasticore.backends.registry import choose
 from elasticore.layout import Segments
 from elasticore.patterns import BlockLists
 from elasticore.plan import HeadPlan
 
-if TYPE_CHECKING:
-    from elasticore.models.state import LayerState
-
-__all__ = ["Pass", "Trace", "active_traces", "record"]
+__all__ = ["PassRecord", "Trace", "active_traces", "record"]
 
 _traces: ContextVar[tuple[Trace, ...]] = ContextVar("elasticore_traces", default=())
+_open: list[Trace] = []
+"""Every trace whose block is open, for threads that were started inside one."""
 
 
 @dataclass(eq=False)
-class Pass:
+class PassRecord:
     """One forward pass of an elastic model.
 
     Attributes
     ----------
-    prefill
-        Whether the routers decided in this pass; else it continued on a cache.
+    decided
+        Whether the routers decided in this pass; else it went on with what was decided before.
     decisions
         int8 ``[layers, sequences, kv_heads]`` on the CPU, elastic layers only: 1 = sparse.
     modes
@@ -52,7 +49,7 @@ class Pass:
         Layers that the model keeps inside a window of its own; in none of the ratios.
     """
 
-    prefill: bool
+    decided: bool
     backend: str
     backend_reason: str
     local_layers: int
@@ -67,87 +64,106 @@ class Pass:
 
 
 @dataclass(eq=False)
-class Trace:
-    """What :func:`record` yields: every pass, and shortcuts to the latest prefill."""
+class _UnderWay:
+    """What a trace has seen of a pass that is not over."""
 
-    passes: list[Pass] = field(default_factory=list)
-    _layers: dict[int, dict[str, Tensor]] = field(default_factory=dict)
-    # What ran them and why; a dict, as most layers say the same.
-    _choices: dict[tuple[str, str], None] = field(default_factory=dict)
-    _about: tuple[bool, int, Segments] | None = None
+    segments: Segments
+    decided: bool
+    local_layers: int
+    layers: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    choices: dict[tuple[str, str], None] = field(default_factory=dict)  # most layers say the same
+
+
+@dataclass(eq=False)
+class Trace:
+    """What :func:`record` yields: every pass, and shortcuts to the latest one that read a prompt.
+
+    ``decisions``, ``msr``, ``esr`` and ``prefill_seconds`` are those of :attr:`prefill`.
+    """
+
+    passes: list[PassRecord] = field(default_factory=list)
+    _under_way: dict[object, _UnderWay] = field(default_factory=dict)
+    _before: frozenset[threading.Thread] = frozenset()
 
     @property
-    def prefill(self) -> Pass:
-        """The latest prefill; raises ``ValueError`` if there was none."""
+    def prefill(self) -> PassRecord:
+        """The latest pass that decided; if none did, the first, whose decisions are older.
+
+        Raises
+        ------
+        ValueError
+            If there was no pass.
+        """
         for one in reversed(self.passes):
-            if one.prefill:
+            if one.decided:
                 return one
-        raise ValueError(
-            "the trace holds no prefill: run an elastic model inside `with elasticore.record()`."
-        )
+        if not self.passes:
+            raise ValueError(
+                "the trace holds no pass: run an elastic model inside `with elasticore.record()`."
+            )
+        return self.passes[0]
 
     @property
     def decisions(self) -> Tensor:
-        """int8 ``[layers, sequences, kv_heads]`` of the latest prefill: 1 = sparse."""
+        """int8 ``[layers, sequences, kv_heads]``: 1 = sparse."""
         return self.prefill.decisions
 
     @property
     def msr(self) -> Tensor:
-        """Ω_MSR of the latest prefill, float64 ``[sequences]``."""
+        """Ω_MSR, float64 ``[sequences]``."""
         return self.prefill.msr
 
     @property
     def esr(self) -> Tensor:
-        """Ω_ESR of the latest prefill (causal definition), float64 ``[sequences]``."""
+        """Ω_ESR (causal definition), float64 ``[sequences]``."""
         return self.prefill.esr
 
     @property
     def prefill_seconds(self) -> float:
-        """Seconds of the latest prefill."""
+        """Seconds of that pass."""
         return self.prefill.seconds
 
     def add(
         self,
-        layer: LayerState,
+        key: object,
+        layer: int,
+        *,
         plan: HeadPlan,
         segments: Segments,
         selection: BlockLists | None,
         decisions: Tensor,
-        prefill: bool,
-        request: AttentionRequest,
+        decided: bool,
+        choice: tuple[str, str],
+        local_layers: int,
     ) -> None:
-        """Note one layer of the pass under way; a recomputed layer overwrites itself."""
-        if self._about is None:
-            self._about = (prefill, layer.model.local_layers, segments)
-        choice = choose(None, request)
-        self._choices[choice.name, choice.reason] = None
-        self._layers[layer.index] = {
+        """Note one layer of the pass ``key``, which ran on the backend ``choice``."""
+        if key not in self._under_way:
+            self._under_way[key] = _UnderWay(segments, decided, local_layers)
+        one = self._under_way[key]
+        one.choices[choice] = None
+        one.layers[layer] = {
             "decisions": decisions.detach().cpu(),
             "modes": plan.modes.cpu(),
             "esr": plan.esr(segments, "causal", selection).cpu(),
             "esr_last_query": plan.esr(segments, "last_query", selection).cpu(),
         }
 
-    def start(self) -> None:
-        """A pass begins; forget what one that failed midway has left."""
-        self._layers, self._choices, self._about = {}, {}, None
-
-    def finish(self, seconds: float) -> None:
-        """The pass under way is over."""
-        if self._about is None:
+    def finish(self, key: object, seconds: float) -> None:
+        """The pass ``key`` is over."""
+        one = self._under_way.pop(key, None)
+        if one is None:
             return
-        prefill, local_layers, segments = self._about
-        names, reasons = (list(dict.fromkeys(said)) for said in zip(*self._choices, strict=True))
-        layers = [self._layers[index] for index in sorted(self._layers)]
+        names, reasons = (list(dict.fromkeys(said)) for said in zip(*one.choices, strict=True))
+        layers = [one.layers[index] for index in sorted(one.layers)]
         stacked = {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
         self.passes.append(
-            Pass(
-                prefill=prefill,
+            PassRecord(
+                decided=one.decided,
                 backend=", ".join(names),
                 backend_reason="; ".join(filter(None, reasons)),
-                local_layers=local_layers,
-                queries=segments.query_length.cpu(),
-                keys=segments.key_length.cpu(),
+                local_layers=one.local_layers,
+                queries=one.segments.query_length.cpu(),
+                keys=one.segments.key_length.cpu(),
                 decisions=stacked["decisions"],
                 modes=stacked["modes"],
                 msr=stacked["decisions"].double().mean((0, 2)),
@@ -156,12 +172,15 @@ class Trace:
                 seconds=seconds,
             )
         )
-        self.start()
 
 
 @contextmanager
 def record() -> Iterator[Trace]:
     """Record every pass of every elastic model that runs inside the ``with`` block.
+
+    That is in the current context, and in threads that are started while the block is open and
+    record nothing of their own: ``Thread(target=model.generate)`` is recorded, another request's
+    thread is not.
 
     Recording reads decisions back to the host, waits for the device around each pass, and runs
     the selector of selected heads once more: do not time anything else under it.
@@ -179,14 +198,21 @@ def record() -> Iterator[Trace]:
     >>> trace.passes
     []
     """
-    trace = Trace()
+    trace = Trace(_before=frozenset(threading.enumerate()))
     token = _traces.set((*_traces.get(), trace))
+    _open.append(trace)
     try:
         yield trace
     finally:
+        _open.remove(trace)
+        trace._before = frozenset()
         _traces.reset(token)
 
 
 def active_traces() -> tuple[Trace, ...]:
-    """The traces of the ``record()`` blocks around the current code."""
-    return _traces.get()
+    """The traces that see a pass of this thread."""
+    own = _traces.get()
+    if own or not _open:
+        return own
+    thread = threading.current_thread()
+    return tuple(trace for trace in tuple(_open) if thread not in trace._before)

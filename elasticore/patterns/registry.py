@@ -1,103 +1,102 @@
-"""Selectors by name, so that a configuration file can say which one a model uses."""
+"""Patterns by name, so that a configuration file can say which ones a model uses."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import importlib.metadata
 from typing import Any
 
-from elasticore.patterns.infllm import InfLLMV2
-from elasticore.patterns.moba import MoBA
-from elasticore.patterns.nsa import NSASelected
-from elasticore.patterns.selector import BlockSelector
-from elasticore.patterns.trianglemix import TriangleMix
-from elasticore.patterns.xattention import XAttention
+from elasticore.patterns.pattern import Pattern
+from elasticore.registry import Registry
 
-__all__ = ["register_selector", "selector_from_dict", "selector_to_dict"]
+__all__ = ["PATTERNS", "pattern_from_dict", "pattern_to_dict", "register_pattern"]
 
-ENTRY_POINTS = "elasticore.selectors"
+PATTERNS: Registry[Pattern] = Registry(
+    "pattern",
+    Pattern,
+    "elasticore.patterns",
+    {
+        "full": "elasticore.patterns.full:Full",
+        "streaming": "elasticore.patterns.streaming:Streaming",
+        "infllm-v2": "elasticore.patterns.infllm:InfLLMV2",
+        "moba": "elasticore.patterns.moba:MoBA",
+        "nsa-selected": "elasticore.patterns.nsa:NSASelected",
+        "trianglemix": "elasticore.patterns.trianglemix:TriangleMix",
+        "xattention": "elasticore.patterns.xattention:XAttention",
+    },
+)
+"""Every pattern that a file can name."""
 
-_SELECTORS: dict[str, type[BlockSelector]] = {
-    "infllm-v2": InfLLMV2,
-    "moba": MoBA,
-    "nsa-selected": NSASelected,
-    "trianglemix": TriangleMix,
-    "xattention": XAttention,
-}
 
-
-def register_selector(name: str, selector: type[BlockSelector]) -> None:
-    """Make a selector known to configuration files under ``name``.
+def register_pattern(name: str, cls: type[Pattern]) -> None:
+    """Make a pattern known to configuration files under ``name``.
 
     A package can do the same without being imported, by an entry point in the group
-    ``elasticore.selectors``.
+    ``elasticore.patterns``.
 
     Parameters
     ----------
     name
         The value of ``"name"`` in the file.
-    selector
-        A dataclass that subclasses :class:`BlockSelector`; its fields are its settings.
+    cls
+        A dataclass that subclasses :class:`Pattern`, as every :class:`BlockSelector` does; its
+        fields are its settings.
 
     Raises
     ------
     TypeError, ValueError
         If it is no such dataclass, or the name is taken by another class.
     """
-    if not isinstance(name, str) or not name:
-        raise TypeError(f"name must be a non-empty str, got {name!r}.")
-    if not (isinstance(selector, type) and issubclass(selector, BlockSelector)):
-        raise TypeError(f"selector must be a subclass of BlockSelector, got {selector!r}.")
-    if not dataclasses.is_dataclass(selector):
-        raise TypeError(f"selector {selector.__name__} must be a dataclass: its fields are saved.")
-    if _SELECTORS.get(name, selector) is not selector:
-        raise ValueError(f"name {name!r} is taken by {_SELECTORS[name].__name__}.")
-    _SELECTORS[name] = selector
+    PATTERNS.register(name, _dataclass(cls))
 
 
-def selector_to_dict(selector: BlockSelector) -> dict[str, Any]:
-    """``{"name": ..., settings...}`` of a registered selector."""
-    for name in _names():
-        try:
-            found = type(selector) is _class(name)
-        except Exception:  # another package that is broken: not the one of this selector
-            continue
-        if found:
-            return {"name": name, **dataclasses.asdict(selector)}  # type: ignore[call-overload]
-    raise ValueError(
-        f"selector {type(selector).__name__} has no name; call elasticore.register_selector first."
-    )
+def pattern_to_dict(pattern: Pattern) -> dict[str, Any]:
+    """``{"name": ..., settings...}`` of a pattern whose class has a name.
+
+    Raises
+    ------
+    ValueError
+        If it has none.
+
+    Examples
+    --------
+    >>> import elasticore
+    >>> elasticore.pattern_to_dict(elasticore.Streaming(128, 1024))
+    {'name': 'streaming', 'sink': 128, 'local': 1024}
+    """
+    name = PATTERNS.name_of(type(pattern))
+    if name is None:
+        raise ValueError(
+            f"pattern {type(pattern).__name__} has no name; call elasticore.register_pattern first."
+        )
+    _dataclass(type(pattern))
+    return {"name": name, **dataclasses.asdict(pattern)}  # type: ignore[call-overload]
 
 
-def selector_from_dict(data: dict[str, Any]) -> BlockSelector:
-    """The selector that :func:`selector_to_dict` wrote."""
+def pattern_from_dict(data: dict[str, Any]) -> Pattern:
+    """The pattern that :func:`pattern_to_dict` wrote.
+
+    Raises
+    ------
+    ValueError
+        If its name is unknown, its package cannot be loaded, or it does not take its settings.
+    """
     settings = dict(data)
     name = settings.pop("name", None)
-    if name not in _names():
-        raise ValueError(f"selector {name!r} is unknown; there are: {', '.join(_names())}.")
+    if name not in PATTERNS.names():
+        raise ValueError(f"pattern {name!r} is unknown; there are: {', '.join(PATTERNS.names())}.")
     try:
-        selector = _class(name)
+        cls = _dataclass(PATTERNS.get(name))
     except Exception as error:
         raise ValueError(
-            f"selector {name!r}: its package failed to load ({type(error).__name__}: {error})."
+            f"pattern {name!r}: its package failed to load ({type(error).__name__}: {error})."
         ) from error
     try:
-        return selector(**settings)
+        return cls(**settings)
     except TypeError as error:
-        raise ValueError(f"selector {name!r} does not take these settings: {error}.") from None
+        raise ValueError(f"pattern {name!r} does not take these settings: {error}.") from None
 
 
-@functools.cache
-def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
-    return {entry.name: entry for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)}
-
-
-def _names() -> list[str]:
-    return list(dict.fromkeys([*_SELECTORS, *_entry_points()]))
-
-
-def _class(name: str) -> type[BlockSelector]:
-    if name not in _SELECTORS:
-        register_selector(name, _entry_points()[name].load())
-    return _SELECTORS[name]
+def _dataclass(cls: type[Pattern]) -> type[Pattern]:
+    if isinstance(cls, type) and not dataclasses.is_dataclass(cls):
+        raise TypeError(f"pattern {cls.__name__} must be a dataclass: its fields are saved.")
+    return cls

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from elasticore.layout import Segments
+from elasticore.patterns.pattern import HeadMode, Pattern
 
 __all__ = ["BlockLists", "BlockSelector"]
 
@@ -54,12 +56,14 @@ class BlockLists:
         return mask.scatter_(-1, target, True)[..., :key_blocks]
 
 
-class BlockSelector(ABC):
+class BlockSelector(Pattern):
     """Chooses key blocks from q and k: a sparse method is one subclass in one file.
 
     :meth:`select` in plain PyTorch *is* the method's definition. A backend may bring a faster one
     for a selector's class; the conformance suite holds it to this definition.
     """
+
+    lane: ClassVar[HeadMode] = HeadMode.SELECTED
 
     @abstractmethod
     def select(
@@ -85,6 +89,3 @@ class BlockSelector(ABC):
         BlockLists
             Every list ascends and holds the row's diagonal block.
         """
-
-    def check(self, block_size: int) -> None:  # noqa: B027 - most selectors accept any block
-        """Raise ``ValueError`` if this selector cannot work with blocks of ``block_size``."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
+
+from elasticore.patterns.pattern import HeadMode, Pattern
 
 __all__ = ["Streaming"]
 
 
 @dataclass(frozen=True)
-class Streaming:
+class Streaming(Pattern):
     """What a STREAMING head reads: the first tokens and a window that ends at the query.
 
     With block size ``b``, ``s = sink / b`` and ``w = local / b``, row block ``i`` reads the key
@@ -29,6 +32,8 @@ class Streaming:
     The paper's SSA (Section 4.1) with its Table 6 sizes, 128 and 2,048.
     """
 
+    lane: ClassVar[HeadMode] = HeadMode.STREAMING
+
     sink: int = 128
     local: int = 2048
 
@@ -40,6 +45,10 @@ class Streaming:
                 )
             if value < least:
                 raise ValueError(f"{name} must be at least {least} tokens, got {value}.")
+
+    def check(self, block_size: int) -> None:
+        """Raise ``ValueError`` unless both sizes are multiples of ``block_size``."""
+        self.blocks(block_size)
 
     def blocks(self, block_size: int) -> tuple[int, int]:
         """The sizes in blocks: ``(sink blocks, local blocks)``.

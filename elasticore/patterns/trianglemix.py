@@ -23,7 +23,7 @@ class TriangleMix(BlockSelector):
     A row block reads what a STREAMING head reads, ``sink`` and ``local``; a row block that holds
     one of the sequence's ``last`` tokens reads everything. No score is computed: q and k give the
     sizes only. The method has this in its deeper layers only; a head table says in which
-    (:func:`elasticore.fixed_policies`).
+    (:class:`elasticore.HeadTable`).
 
     Parameters
     ----------

@@ -6,27 +6,29 @@ from elasticore.router.gates import (
     StaticGate,
     head_scores,
     retrieval_only,
-    sparse_table,
 )
 from elasticore.router.noise import checkpoint_contexts, gumbel, sample_gumbel, seed_noise
 from elasticore.router.policies import (
     AllRetrieval,
     AllSparse,
     FixedPolicy,
-    fixed_policies,
-    random_head_table,
+    LayerShape,
+    Modules,
+    Policy,
+    Router,
 )
 from elasticore.router.pooling import pool_boundary
+from elasticore.router.registry import register_policy
 from elasticore.router.router import AttentionRouter
 from elasticore.router.routing import Routing, model_msr
-from elasticore.router.sampling import GumbelSigmoid, GumbelSoftmax, Sampler
+from elasticore.router.sampling import SAMPLERS, GumbelSigmoid, GumbelSoftmax, Sampler
 from elasticore.router.schedule import (
     TEMPERATURE_SCHEDULES,
     CosineTemperature,
     ExponentialTemperature,
     temperature_schedule,
 )
-from elasticore.router.tables import HeadTable, read_head_table, write_duo, write_prulong
+from elasticore.router.tables import HeadTable, write_duo, write_prulong
 
 __all__ = [
     "AttentionRouter",
@@ -36,21 +38,23 @@ __all__ = [
     "AllRetrieval",
     "AllSparse",
     "FixedPolicy",
-    "fixed_policies",
-    "random_head_table",
+    "LayerShape",
+    "Modules",
+    "Policy",
+    "Router",
+    "register_policy",
     "DuoGate",
     "HardConcreteGate",
     "StaticGate",
     "head_scores",
     "retrieval_only",
-    "sparse_table",
     "HeadTable",
-    "read_head_table",
     "write_duo",
     "write_prulong",
     "GumbelSigmoid",
     "GumbelSoftmax",
     "Sampler",
+    "SAMPLERS",
     "checkpoint_contexts",
     "gumbel",
     "sample_gumbel",

@@ -2,8 +2,7 @@
 
 A gate ``z`` from 0 to 1 belongs to a KV head, whatever the input. While it is trained, the head
 runs both modes and gives ``z · O_retrieval + (1 - z) · O_sparse``. Afterwards the heads with the
-largest gates keep the retrieval mode: :func:`sparse_table` makes decisions of them, which
-:func:`~elasticore.router.fixed_policies` runs.
+largest gates keep the retrieval mode: :meth:`HeadTable.of_scores` makes a policy of them.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ __all__ = [
     "StaticGate",
     "head_scores",
     "retrieval_only",
-    "sparse_table",
 ]
 
 
@@ -36,12 +34,13 @@ class StaticGate(nn.Module):
     Attributes
     ----------
     threshold
-        Heads that score below it are sparse, for as long as :func:`sparse_table` has not decided.
+        Heads that score below it are sparse, until :meth:`HeadTable.of_scores` has decided.
     retrieval_only
         Whether every head runs its retrieval mode for now; see :func:`retrieval_only`.
     """
 
     threshold: ClassVar[float]
+    boundary: ClassVar[int] = 0
 
     def __init__(self) -> None:
         super().__init__()
@@ -183,37 +182,3 @@ def head_scores(gates: Iterable[nn.Module]) -> Tensor:
             raise TypeError(f"gates must be StaticGates, got {type(gate).__name__}.")
         rows.append(gate.scores().float().cpu())
     return torch.stack(rows)
-
-
-def sparse_table(scores: Tensor, msr: float) -> Tensor:
-    """The head table in which exactly ``round(msr · heads)`` heads are sparse: the lowest scores.
-
-    Parameters
-    ----------
-    scores
-        Float ``[layers, kv_heads]``, larger for heads that need the retrieval mode.
-    msr
-        Ω_MSR wanted, from 0 to 1 (Eq. 4).
-
-    Returns
-    -------
-    Tensor
-        bool ``[layers, kv_heads]``; True = sparse. Of equal scores the first ones are sparse.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If scores are not finite floats ``[layers, kv_heads]``, or msr is outside [0, 1].
-    """
-    check_number("msr", msr, 0, 1)
-    if not isinstance(scores, Tensor) or not scores.is_floating_point():
-        raise TypeError(f"scores must be a float tensor [layers, kv_heads], got {scores!r}.")
-    if scores.ndim != 2 or scores.numel() == 0 or not bool(scores.isfinite().all()):
-        raise ValueError(
-            f"scores must be finite and [layers, kv_heads], got shape {list(scores.shape)}: "
-            f"{scores.tolist()}."
-        )
-    table = torch.zeros(scores.numel(), dtype=torch.bool)
-    lowest = scores.detach().cpu().flatten().argsort(stable=True)
-    table[lowest[: round(msr * scores.numel())]] = True
-    return table.view(scores.shape)

@@ -188,10 +188,10 @@ def _parameters(router: AttentionRouter) -> list[Tensor] | None:
     return parameters if len(parameters) == 10 else None
 
 
-def _run(mlp: nn.Sequential, x: Tensor) -> Tensor:
-    first = mlp[0]
-    assert isinstance(first, nn.Linear)
+def _run(mlp: nn.Module, x: Tensor) -> Tensor:
+    """In the parameters' dtype; whatever may stand in the place of the linear layers."""
+    dtype = next((p.dtype for p in mlp.parameters() if p.is_floating_point()), torch.float32)
     if not torch.amp.is_autocast_available(x.device.type):
-        return mlp(x.to(first.weight.dtype)).float()
+        return mlp(x.to(dtype)).float()
     with torch.autocast(x.device.type, enabled=False):
-        return mlp(x.to(first.weight.dtype)).float()
+        return mlp(x.to(dtype)).float()

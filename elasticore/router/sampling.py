@@ -11,7 +11,7 @@ from torch import Tensor
 
 from elasticore.router.noise import sample_gumbel
 
-__all__ = ["GumbelSigmoid", "GumbelSoftmax", "Sampler"]
+__all__ = ["SAMPLERS", "GumbelSigmoid", "GumbelSoftmax", "Sampler"]
 
 
 class Sampler(Protocol):
@@ -114,3 +114,10 @@ def _check_eps(eps: float) -> None:
     smallest = torch.finfo(torch.float32).tiny
     if not smallest <= eps < 1e-2:
         raise ValueError(f"eps must be from {smallest:.3g} to below 0.01, got {eps!r}.")
+
+
+SAMPLERS: dict[str, type[Sampler]] = {
+    "gumbel-softmax": GumbelSoftmax,
+    "gumbel-sigmoid": GumbelSigmoid,
+}
+"""By the name that settings have for them."""

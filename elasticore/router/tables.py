@@ -1,7 +1,7 @@
-"""Static head patterns on disk, in the formats that DuoAttention and PruLong publish.
+"""Head tables: the same decisions for every input; and the files of DuoAttention and PruLong.
 
-Both hold one line per layer and one tab-separated number per KV head, larger for full attention.
-DuoAttention writes its gates α into ``full_attention_heads.tsv``, and ``sink_size`` and
+Both files hold one line per layer and one tab-separated number per KV head, larger for full
+attention. DuoAttention writes its gates α into ``full_attention_heads.tsv``, and ``sink_size`` and
 ``recent_size`` (tokens) into a ``config.json`` beside it. PruLong writes masks of 0 and 1 into a
 file such as ``masks_sp0.7.tsv``, in which sink and window are not said.
 """
@@ -9,56 +9,166 @@ file such as ``masks_sp0.7.tsv``, in which sink and window are not said.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["HeadTable", "read_head_table", "write_duo", "write_prulong"]
+from elasticore.checks import check_int, check_number
+from elasticore.errors import RouterMismatch
+from elasticore.patterns import Streaming
+from elasticore.router.policies import FixedPolicy, LayerShape, Policy, by_layer, integers
+
+__all__ = ["HeadTable", "write_duo", "write_prulong"]
 
 DUO_SCORES, DUO_SETTINGS = "full_attention_heads.tsv", "config.json"
 
 
 @dataclass(frozen=True, eq=False)
-class HeadTable:
-    """A published pattern.
-
-    Attributes
-    ----------
-    scores
-        float64 ``[layers, kv_heads]`` from 0 to 1: 1 = full attention.
-    sink, local
-        Tokens that a streaming head reads at the start and before the query; None where the file
-        does not say.
-    """
-
-    scores: Tensor
-    sink: int | None = None
-    local: int | None = None
-
-
-def read_head_table(path: str | Path) -> HeadTable:
-    """Read a pattern of DuoAttention or PruLong.
+class HeadTable(Policy):
+    """The same decisions for every input: which heads are sparse.
 
     Parameters
     ----------
-    path
-        DuoAttention's directory, or a file with the numbers, which may be either's.
+    sparse
+        Bool or integer tensor (or nested sequence) ``[layers, kv_heads]``: 1 = sparse. One row per
+        elastic layer.
 
-    Returns
-    -------
-    HeadTable
-        Scores are cut to [0, 1], as DuoAttention does: trained gates lie a little outside.
+    Attributes
+    ----------
+    streaming
+        What a file said that its streaming heads read; None where it does not say.
 
     Raises
     ------
-    FileNotFoundError
-        If there is no such file.
-    ValueError
-        If a file is not as its format has it; the message says where.
+    TypeError, ValueError
+        On another dtype (threshold a float table first), shape or value.
     """
-    path = Path(path)
+
+    sparse: Tensor | Sequence[Sequence[int]] = field(metadata={"saved": False})
+    streaming: Streaming | None = field(default=None, metadata={"saved": False})
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sparse", integers("sparse", self.sparse, 2).bool())
+
+    def modules(self, layers: Sequence[LayerShape]) -> list[nn.Module]:
+        """See :class:`~elasticore.Policy`."""
+        assert isinstance(self.sparse, Tensor)
+        wanted = [[layer.kv_heads for layer in layers], len(layers)]
+        if [[self.sparse.shape[1]] * len(layers), self.sparse.shape[0]] != wanted:
+            heads = sorted({layer.kv_heads for layer in layers})
+            raise RouterMismatch(
+                f"policy is a table of {self.sparse.shape[0]} layers and {self.sparse.shape[1]} KV "
+                f"heads per layer; model has {len(layers)} elastic layers with "
+                f"{', '.join(map(str, heads))}."
+            )
+        return [
+            FixedPolicy(row).to(layer.device)
+            for row, layer in zip(self.sparse, layers, strict=True)
+        ]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See :class:`~elasticore.Policy`."""
+        assert isinstance(self.sparse, Tensor)
+        rows = enumerate(self.sparse.to(torch.int8))
+        return {f"layers.{index}.decisions": row for index, row in rows}
+
+    @classmethod
+    def restored(cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> HeadTable:
+        """See :class:`~elasticore.Policy`."""
+        rows = by_layer(tensors)
+        if settings or not rows or any(set(row) != {"decisions"} for row in rows):
+            raise ValueError("a head table holds the decisions of its layers, and nothing else")
+        return cls(torch.stack([row["decisions"] for row in rows]))
+
+    @classmethod
+    def of_scores(cls, scores: Tensor, msr: float) -> HeadTable:
+        """The table in which exactly ``round(msr * heads)`` heads are sparse: the lowest scores.
+
+        Parameters
+        ----------
+        scores
+            Float ``[layers, kv_heads]``, larger for heads that need the retrieval way.
+        msr
+            Ω_MSR wanted, from 0 to 1 (Eq. 4).
+
+        Raises
+        ------
+        TypeError, ValueError
+            If scores are not finite floats ``[layers, kv_heads]``, or msr is outside [0, 1].
+        """
+        check_number("msr", msr, 0, 1)
+        if not isinstance(scores, Tensor) or not scores.is_floating_point():
+            raise TypeError(f"scores must be a float tensor [layers, kv_heads], got {scores!r}.")
+        if scores.ndim != 2 or scores.numel() == 0 or not bool(scores.isfinite().all()):
+            raise ValueError(
+                f"scores must be finite and [layers, kv_heads], got shape {list(scores.shape)}: "
+                f"{scores.tolist()}."
+            )
+        table = torch.zeros(scores.numel(), dtype=torch.bool)
+        # Of equal scores the first ones are sparse.
+        lowest = scores.detach().cpu().flatten().argsort(stable=True)
+        table[lowest[: round(msr * scores.numel())]] = True
+        return cls(table.view(scores.shape))
+
+    @classmethod
+    def random(cls, layers: int, kv_heads: int, msr: float, seed: int) -> HeadTable:
+        """A random table with exactly ``round(msr * layers * kv_heads)`` sparse heads.
+
+        Parameters
+        ----------
+        layers, kv_heads
+            Sizes of the table, each at least 1.
+        msr
+            Ω_MSR wanted, from 0 to 1 (Eq. 4).
+        seed
+            Of a private generator: the same arguments give the same table.
+        """
+        check_int("layers", layers, 1)
+        check_int("kv_heads", kv_heads, 1)
+        check_number("msr", msr, 0, 1)
+        check_int("seed", seed, 0)
+        heads = layers * kv_heads
+        order = torch.randperm(heads, generator=torch.Generator().manual_seed(seed))
+        # round, not int: (1 - 0.9) * 10 is 0.9999999999999998 and means 1.
+        return cls((order < round(msr * heads)).view(layers, kv_heads))
+
+    @classmethod
+    def read(cls, path: str | Path, msr: float | None = None) -> HeadTable:
+        """A table that DuoAttention or PruLong published.
+
+        Parameters
+        ----------
+        path
+            DuoAttention's directory, or a file with the numbers, which may be either's.
+        msr
+            Share of heads that are sparse, to the nearest head: those with the lowest scores. None
+            takes those that score below one half, which is all there is to say of a mask.
+
+        Returns
+        -------
+        HeadTable
+            Its :attr:`streaming` is what DuoAttention's ``config.json`` says, in tokens; here a
+            window is counted in blocks, the query's own among them, so it ends up to a block
+            earlier. PruLong's file says nothing; its paper has ``Streaming(128, 1024)``.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such file.
+        ValueError
+            If a file is not as its format has it; the message says where.
+        """
+        scores, streaming = _read(Path(path))
+        table = cls(scores < 0.5) if msr is None else cls.of_scores(scores, msr)
+        return cls(table.sparse, streaming)
+
+
+def _read(path: Path) -> tuple[Tensor, Streaming | None]:
+    """Scores ``[layers, kv_heads]`` from 0 to 1, and what streaming heads read."""
     file = path / DUO_SCORES if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"path {path} is neither a file nor a directory with {DUO_SCORES}.")
@@ -82,8 +192,9 @@ def read_head_table(path: str | Path) -> HeadTable:
         raise ValueError(
             f"path {file} must hold a number from 0 to 1 per layer (line) and KV head (column)."
         )
-    sink, local = _sizes(path / DUO_SETTINGS) if path.is_dir() else (None, None)
-    return HeadTable(scores.clamp(0, 1), sink, local)
+    # Trained gates lie a little outside; DuoAttention cuts them off as well.
+    streaming = Streaming(*_sizes(path / DUO_SETTINGS)) if path.is_dir() else None
+    return scores.clamp(0, 1), streaming
 
 
 def _sizes(file: Path) -> tuple[int, int]:

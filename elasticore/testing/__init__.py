@@ -2,7 +2,7 @@
 
 Every case compares a backend with a dense-mask float64 computation that shares no code with it:
 outputs, and the gradients of q, k, v and the gate. A case is one batch of three sequences of
-different lengths, each routed differently, so that all lanes meet in one call.
+different lengths, each routed differently, over each pair of the three lanes.
 
 In a test file::
 

@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from elasticore.backends.registry import use_backend
-from elasticore.bench.report import environment
+from elasticore.choice import use_backend
 from elasticore.errors import ElasticoreError
+from elasticore.machine import environment
 from elasticore.testing.runner import all_jobs, run_jobs, shortly, summary
 
 SHOWN = 12

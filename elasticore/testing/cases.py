@@ -6,9 +6,9 @@ import itertools
 from collections import Counter
 from dataclasses import dataclass
 
-from elasticore.patterns import Streaming
+from elasticore.patterns import HeadMode, Streaming
 
-__all__ = ["Case", "PRESETS", "SHORT", "matrix"]
+__all__ = ["Case", "PAIRS", "PRESETS", "SHORT", "matrix"]
 
 LAYOUTS = ("dense", "left", "right", "packed")
 GROUPS = (1, 4, 7, 8)
@@ -21,6 +21,13 @@ PRESETS = {
     "32": (32, Streaming(0, 128), Streaming(32, 64)),
 }
 """Block size, what STREAMING heads read, and what they read in short cases: less than all."""
+
+PAIRS = (
+    (HeadMode.FULL, HeadMode.STREAMING),
+    (HeadMode.FULL, HeadMode.SELECTED),
+    (HeadMode.SELECTED, HeadMode.STREAMING),
+)
+"""The lanes (retrieval, sparse) that meet in a call."""
 
 SHORT = 300
 """Tokens below which a case is short."""

@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from elasticore.attention import hybrid_head_attention
+from elasticore.call import hybrid_head_attention
 from elasticore.layout import Segments, SequenceLayout
-from elasticore.patterns import BlockLists, BlockSelector
-from elasticore.plan import HeadMode, HeadPlan
-from elasticore.testing.cases import PRESETS, SHORT, Case
+from elasticore.patterns import BlockLists, BlockSelector, Full, HeadMode, Pattern
+from elasticore.plan import HeadPlan
+from elasticore.testing.cases import PAIRS, PRESETS, SHORT, Case
 
 __all__ = ["Problem", "ScatteredBlocks", "make_problem"]
 
@@ -84,16 +84,18 @@ def make_problem(
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-    gate: tuple[HeadMode, HeadMode] | None = None,
+    lanes: tuple[HeadMode, HeadMode] = PAIRS[0],
+    gated: bool = False,
     seed: int = 0,
 ) -> Problem:
     """Random inputs for ``case``: three sequences, two KV heads each, three routings.
 
     Parameters
     ----------
-    gate
-        The pair (retrieval, sparse) for a gated plan whose q, k, v and gate want gradients; None
-        for an inference plan that mixes all three lanes.
+    lanes
+        Those of the plan's patterns (retrieval, sparse).
+    gated
+        Whether the plan has a gate, and q, k, v and the gate want gradients.
     """
     generator = torch.Generator().manual_seed(seed)
     kv_heads, sequences = 2, 3
@@ -135,23 +137,19 @@ def make_problem(
         draw(kv_heads, batch, total_keys),
     )
     block_size, streaming, short = PRESETS[case.preset]
-    common = {
-        "streaming": short if case.length < SHORT else streaming,
-        "selector": ScatteredBlocks(),
-        "block_size": block_size,
+    patterns: dict[HeadMode, Pattern] = {
+        HeadMode.FULL: Full(),
+        HeadMode.STREAMING: short if case.length < SHORT else streaming,
+        HeadMode.SELECTED: ScatteredBlocks(),
     }
-    if gate is None:
-        modes = torch.tensor([[0, 1], [1, 2], [2, 0]], dtype=torch.int8, device=device)
-        plan = HeadPlan(modes, **common)  # type: ignore[arg-type]
-    else:
-        choice = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]], device=device)
-        plan = HeadPlan.from_gate(
-            choice.requires_grad_(),
-            retrieval=gate[0],
-            sparse=gate[1],
-            **common,  # type: ignore[arg-type]
-        )
+    pair = [patterns[lane] for lane in lanes]
+    decisions = torch.tensor([[0, 1], [1, 0], [1, 1]], dtype=torch.int8, device=device)
+    if gated:
+        gate = decisions.float().requires_grad_()
+        plan = HeadPlan.from_gate(gate, *pair, block_size=block_size)
         for tensor in (q, k, v):
             tensor.requires_grad_()
+    else:
+        plan = HeadPlan(decisions, *pair, block_size=block_size)
     # Not the default scale, so that whoever ignores the argument shows it.
     return Problem(q, k, v, plan, layout, 1.25 * case.head_dim**-0.5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from elasticore.plan import HeadMode
+from elasticore.patterns import HeadMode
 from elasticore.testing.problems import Problem
 
 __all__ = ["attended", "dense_attention"]
@@ -68,11 +68,9 @@ def dense_attention(problem: Problem, dtype: torch.dtype = torch.float64) -> Ten
         heads = range(kv_heads)
         if plan.gate is not None:
             gate = plan.gate[index].to(dtype)
+            lanes = plan.retrieval.lane, plan.sparse.lane
             part = torch.stack(
-                [
-                    (1 - gate[h]) * lane(plan.retrieval, h) + gate[h] * lane(plan.sparse, h)
-                    for h in heads
-                ]
+                [(1 - gate[h]) * lane(lanes[0], h) + gate[h] * lane(lanes[1], h) for h in heads]
             )
         else:
             part = torch.stack([lane(int(plan.modes[index, h]), h) for h in heads])

@@ -12,14 +12,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.multiprocessing
 
 from elasticore.errors import UnsupportedRequest
-from elasticore.plan import HeadMode
-from elasticore.testing.cases import Case, matrix
+from elasticore.patterns import HeadMode
+from elasticore.testing.cases import PAIRS, Case, matrix
 from elasticore.testing.checks import (
     check_checkpointing,
     check_gradients,
@@ -31,17 +32,12 @@ from elasticore.testing.checks import (
 __all__ = ["DTYPES", "Job", "Outcome", "all_jobs", "run_job", "run_jobs", "summary"]
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
-PAIRS = (
-    (HeadMode.FULL, HeadMode.STREAMING),
-    (HeadMode.FULL, HeadMode.SELECTED),
-    (HeadMode.SELECTED, HeadMode.STREAMING),
-)
 CHECKS: dict[str, Callable[..., None]] = {
     "output": check_output,
     "same alone": check_same_alone,
     "repeatable": check_repeatable,
     "gradients": check_gradients,
-    "repeatable gradients": check_repeatable,
+    "repeatable gradients": partial(check_repeatable, gradients=True),
     "checkpointing": check_checkpointing,
 }
 LISTED = 50
@@ -50,16 +46,16 @@ LISTED = 50
 
 @dataclass(frozen=True)
 class Job:
-    """One check of one case; ``modes`` is a gated plan's pair (retrieval, sparse), or None."""
+    """One check of one case; ``lanes`` are those of the plan, (retrieval, sparse)."""
 
     check: str
     case: Case
     dtype: str
-    modes: tuple[HeadMode, HeadMode] | None = None
+    lanes: tuple[HeadMode, HeadMode]
 
     def __str__(self) -> str:
-        pair = "" if self.modes is None else "-".join(mode.name for mode in self.modes) + " "
-        return f"{self.check} {pair}{self.dtype} {self.case}"
+        pair = "-".join(lane.name for lane in self.lanes)
+        return f"{self.check} {pair} {self.dtype} {self.case}"
 
 
 Result: TypeAlias = Literal["passed", "failed", "unsupported", "out of memory"]
@@ -89,8 +85,8 @@ def all_jobs(
     dtypes
         Out of ``DTYPES``.
     gradients
-        Whether gradients are checked as well: for all three pairs of modes against the dense
-        computation, and for one of them in a second run and under checkpointing.
+        Whether gradients are checked as well. Outputs and gradients are held to the dense
+        computation for all three pairs of lanes; the other checks take one pair for each case.
     cases
         A regular expression that the names of the cases must hold, such as ``"d128.*-all-b128"``.
     full
@@ -115,21 +111,20 @@ def all_jobs(
     jobs = []
     for dtype in dict.fromkeys(dtypes):
         for index, case in enumerate(wanted):
-            jobs += [Job(check, case, dtype) for check in ("output", "same alone", "repeatable")]
+            checks = ["output", "same alone", "repeatable"]
             if gradients:
-                jobs += [Job("gradients", case, dtype, modes) for modes in PAIRS]
-                modes = PAIRS[index % len(PAIRS)]
-                jobs.append(Job("repeatable gradients", case, dtype, modes))
-                jobs.append(Job("checkpointing", case, dtype, modes))
+                checks += ["gradients", "repeatable gradients", "checkpointing"]
+            for check in checks:
+                every = check in ("output", "gradients")
+                pairs = PAIRS if every else PAIRS[index % len(PAIRS) :][:1]
+                jobs += [Job(check, case, dtype, lanes) for lanes in pairs]
     random.Random(seed).shuffle(jobs)
     return jobs
 
 
 def run_job(backend: str, device: str, job: Job) -> Outcome:
     """Run one check; whatever it raises becomes an outcome."""
-    options: dict[str, Any] = {"dtype": getattr(torch, job.dtype), "device": device}
-    if job.modes is not None:
-        options["modes"] = job.modes
+    options = {"dtype": getattr(torch, job.dtype), "device": device, "lanes": job.lanes}
     for wait in (1, 2, 0):  # the other processes may need the memory just now
         try:
             CHECKS[job.check](backend, job.case, **options)

@@ -14,9 +14,9 @@ The papers are arXiv 2410.10819 and arXiv 2506.17121.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -25,19 +25,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from elasticore.checks import check_number
-from elasticore.models.config import ElasticConfig
+from elasticore.models.attach import state_of
+from elasticore.models.attached import PASS, Pass
 from elasticore.models.elastic import elasticize, restore, routers
-from elasticore.models.families import attention_layers, is_local
+from elasticore.patterns import Streaming
 from elasticore.router.gates import (
     DuoGate,
     HardConcreteGate,
     StaticGate,
     head_scores,
     retrieval_only,
-    sparse_table,
 )
-from elasticore.router.policies import fixed_policies
-from elasticore.router.tables import write_duo, write_prulong
+from elasticore.router.policies import LayerShape, Policy
+from elasticore.router.tables import HeadTable, write_duo, write_prulong
 from elasticore.train.loss import hidden_states
 from elasticore.train.objective import LagrangianObjective, SparsityPenalty
 from elasticore.train.trainer import Learnt, RouterTrainer, load_layers
@@ -52,7 +52,6 @@ __all__ = [
     "PruLong",
     "PruLongTrainer",
     "RisingTarget",
-    "attach_gates",
     "baseline",
     "settle_gates",
 ]
@@ -192,7 +191,7 @@ class DuoTrainer(GateTrainer):
         It is taken where learnt tokens are predicted, and weighted as the cross-entropy would be.
         """
         with torch.no_grad(), retrieval_only(routers(backbone)):
-            full, _ = hidden_states(backbone, backbone, inputs)
+            full, _ = hidden_states(backbone, backbone, {**inputs, PASS: Pass()})
         mixed, outputs = hidden_states(model, backbone, inputs)
         distance = learnt.rows(mixed).float() - learnt.rows(full).float()
         return (distance.square().mean(-1) * learnt.weights).sum(), outputs
@@ -215,8 +214,11 @@ class PruLongTrainer(GateTrainer):
 
 
 @dataclass(frozen=True)
-class Baseline(ABC):
-    """The settings of a method with static gates, and what it is made of."""
+class Baseline(Policy):
+    """The settings of a method with static gates, and what it is made of.
+
+    As a policy it gives every layer gates that are yet to be trained.
+    """
 
     trainer: ClassVar[type[GateTrainer]]
     lr: float
@@ -239,8 +241,29 @@ class Baseline(ABC):
         """What pulls them to the sparse mode."""
 
     @abstractmethod
-    def write(self, folder: Path, scores: Tensor, table: Tensor, config: ElasticConfig) -> Path:
-        """Write a trained pattern in the method's own format; return where it is."""
+    def write(self, folder: Path, scores: Tensor, table: HeadTable) -> Path:
+        """Write trained gates in the method's own format; return where they are.
+
+        Parameters
+        ----------
+        folder
+            Where to.
+        scores
+            Of the gates, ``[layers, kv_heads]``.
+        table
+            The heads that are sparse, and what they read.
+        """
+
+    def modules(self, layers: Sequence[LayerShape]) -> list[nn.Module]:
+        """See :class:`~elasticore.Policy`."""
+        return [self.gate(layer.kv_heads).to(layer.device) for layer in layers]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Raise: a file holds the table that gates end as."""
+        raise ValueError(
+            f"policy {type(self).__name__} has gates in training, which no file of a way holds; "
+            "call settle_gates(model, folder) first."
+        )
 
 
 @dataclass(frozen=True)
@@ -274,9 +297,10 @@ class DuoAttention(Baseline):
         """See :meth:`Baseline.objective`."""
         return GatePrice(self.reg_weight)
 
-    def write(self, folder: Path, scores: Tensor, table: Tensor, config: ElasticConfig) -> Path:
+    def write(self, folder: Path, scores: Tensor, table: HeadTable) -> Path:
         """The gates themselves: any share of them can be made sparse later."""
-        return write_duo(folder, scores, config.sink, config.local)
+        assert table.streaming is not None
+        return write_duo(folder, scores, table.streaming.sink, table.streaming.local)
 
 
 @dataclass(frozen=True)
@@ -310,9 +334,10 @@ class PruLong(Baseline):
         """See :meth:`Baseline.objective`."""
         return RisingTarget(self.sparsity, self.ramp)
 
-    def write(self, folder: Path, scores: Tensor, table: Tensor, config: ElasticConfig) -> Path:
+    def write(self, folder: Path, scores: Tensor, table: HeadTable) -> Path:
         """The mask at this sparsity."""
-        return write_prulong(folder / f"masks_sp{self.sparsity:g}.tsv", table)
+        file = folder / f"masks_sp{self.sparsity:g}.tsv"
+        return write_prulong(file, torch.as_tensor(table.sparse))
 
 
 BASELINES: dict[str, type[Baseline]] = {"duo": DuoAttention, "prulong": PruLong}
@@ -335,29 +360,30 @@ def baseline(policy: str, settings: Mapping[str, Any]) -> Baseline:
         raise ValueError(f"policy_settings do not fit policy {policy!r}: {error}.") from None
 
 
-def attach_gates(model: Model, config: ElasticConfig, method: Baseline) -> Model:
-    """Make ``model`` elastic with the untrained gates of ``method``."""
-    kv_heads = model.config.num_key_value_heads  # type: ignore[union-attr]
-    layers = [layer for layer in attention_layers(model) if not is_local(layer)]
-    gates = [method.gate(kv_heads).train(layer.training) for layer in layers]  # type: ignore[arg-type]
-    return elasticize(model, config, policies=gates)
-
-
-def settle_gates(model: Model, config: ElasticConfig, method: Baseline, folder: Path) -> Model:
-    """Put the static pattern in the place of trained gates, and write it in the method's format.
+def settle_gates(model: Model, folder: Path) -> Model:
+    """Put a :class:`HeadTable` in the place of trained gates, and write it in the method's format.
 
     Parameters
     ----------
     model
-        With gates of ``method``; afterwards it has a :class:`FixedPolicy` in every layer.
-    config
-        The model's settings.
-    method
-        Whose ``sparsity`` is the pattern's Ω_MSR, to the nearest head.
+        Elastic, with a :class:`Baseline` as its policy, whose ``sparsity`` is the table's Ω_MSR, to
+        the nearest head. Changed in place.
     folder
-        Where the pattern goes.
+        Where the method's own file goes.
+
+    Raises
+    ------
+    ValueError
+        If the model has no such gates, or its sparse heads do not stream: the method's files hold
+        nothing else.
     """
+    way = state_of(model).way
+    if not isinstance(way.policy, Baseline) or not isinstance(way.sparse, Streaming):
+        raise ValueError(
+            "model must attend by Elastic(policy, sparse=Streaming(...)) with the policy "
+            f"{' or '.join(cls.__name__ for cls in BASELINES.values())}, got {way}."
+        )
     scores = head_scores(routers(model))
-    table = sparse_table(scores, method.sparsity)
-    method.write(folder, scores, table, config)
-    return elasticize(restore(model), config, policies=fixed_policies(table))
+    table = replace(HeadTable.of_scores(scores, way.policy.sparsity), streaming=way.sparse)
+    way.policy.write(folder, scores, table)
+    return elasticize(restore(model), replace(way, policy=table))

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from elasticore.models.elastic import elasticize, routers
+from elasticore.models.families import attention_layers, family_of, is_local
 from elasticore.models.loading import TINY
+from elasticore.router.policies import LayerShape
 from elasticore.train.data import JsonLines, OfflineTasks, PackedSamples
 from elasticore.train.recipe import Parts, Recipe, check_tasks, dataset_of, parts_of
 from elasticore.train.sharding import check_sharding, shardable
@@ -55,7 +56,9 @@ def preview(recipe: Recipe) -> Preview:
     result.figures |= {
         "backbone": recipe.backbone,
         "policy": recipe.policy,
-        "mode": parts.config.mode,
+        "retrieval": str(parts.way.retrieval),
+        "sparse": str(parts.way.sparse),
+        "tokens of a block": parts.way.block_size,
         "targets": parts.objective.config()["targets"],
         "steps": recipe.max_steps,
         "processes": processes,
@@ -88,18 +91,19 @@ def _weigh(recipe: Recipe, parts: Parts, path: str | Path, processes: int, resul
     """Add the sizes of the model, from its configuration alone."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from elasticore.train.baselines import attach_gates
-
     if recipe.dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {recipe.dtype!r}.")
     dtype = getattr(torch, recipe.dtype)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
-        weights = sum(p.numel() for p in model.parameters())
-        if parts.method is None:
-            elasticize(model, parts.config)
-        else:
-            attach_gates(model, parts.config, parts.method)
+        family_of(model)
+        # No layer computes here, so the model is not made elastic: its policy alone says the sizes.
+        layers = [layer for layer in attention_layers(model) if not is_local(layer)]
+        heads = model.config.num_key_value_heads
+        policies = parts.way.policy.modules(
+            [LayerShape(heads, int(layer.head_dim), torch.device("meta")) for layer in layers]  # type: ignore[arg-type]
+        )
+    weights = sum(p.numel() for p in model.parameters())
     here = {"none": 1, "full": processes}.get(recipe.sharding) or int(
         os.environ["LOCAL_WORLD_SIZE"]
     )
@@ -107,10 +111,10 @@ def _weigh(recipe: Recipe, parts: Parts, path: str | Path, processes: int, resul
     kept = weights - sum(p.numel() for p in split)
     # FSDP2 splits along the first axis and gives all the size of the largest part.
     kept += sum(-(-p.shape[0] // here) * (p.numel() // p.shape[0]) for p in split)
-    trained = sum(p.numel() for router in routers(model) for p in router.parameters())
+    trained = sum(p.numel() for policy in policies for p in policy.parameters())
     result.figures |= {
-        "elastic layers": len(routers(model)),
-        "KV heads": model.config.num_key_value_heads,
+        "elastic layers": len(layers),
+        "KV heads": heads,
         "parameters that train": trained,
         "frozen parameters": weights,
         "sharding": recipe.sharding,

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch.utils.data import Dataset
 
-from elasticore.backends.registry import use_backend
 from elasticore.checks import check_int, check_number
-from elasticore.models.config import ElasticConfig
-from elasticore.models.elastic import elasticize
-from elasticore.models.files import save_router
+from elasticore.choice import use_backend
+from elasticore.models.elastic import Elastic, elasticize, way_of
 from elasticore.models.loading import load_backbone
+from elasticore.patterns import Streaming
+from elasticore.router.policies import Router
 from elasticore.router.schedule import temperature_schedule
 from elasticore.train.checkpoints import find_checkpoint, newest
 from elasticore.train.data import Collator, JsonLines, OfflineTasks, PackedSamples
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from elasticore.train.baselines import Baseline
 
 __all__ = ["Parts", "Recipe", "check_tasks", "dataset_of", "parts_of", "train"]
+
+_OLD = ("mode", "sink", "local", "selector", "boundary", "hidden_multiplier", "sampler")
 
 TIMEOUT = 600
 """Seconds that a process waits for the others before it gives up: one of them has died or hangs."""
@@ -48,13 +50,15 @@ class Recipe:
         max_length}``, or ``{kind: packed, path, loss}`` for packed parquet, whose rows are the
         samples of ``batch_size`` and are always packed.
     elastic
-        Settings of :class:`ElasticConfig`.
+        How the model attends: settings of :class:`Elastic`, as :meth:`Elastic.to_dict` writes them;
+        or what :meth:`Elastic.load` takes, such as the preset ``fa-xa`` or a directory of routers,
+        which then train on.
     policy, policy_settings
         What decides: routers (``elastic``), or a static pattern that is learnt as by DuoAttention
         (``duo``) or PruLong (``prulong``), with the settings of
         :class:`~elasticore.train.baselines.DuoAttention` or
-        :class:`~elasticore.train.baselines.PruLong`. Those stand in for targets, learning rates,
-        multipliers, weight decay (none) and temperature.
+        :class:`~elasticore.train.baselines.PruLong`. Those stand in for the router, targets,
+        learning rates, multipliers, weight decay (none) and temperature.
     signed
         The paper's signed penalty (True) or the official code's absolute one (False).
     multiplier_init
@@ -76,7 +80,7 @@ class Recipe:
         (``hybrid``), or whole in each (``none``): see :mod:`elasticore.train.sharding`.
     sequence_parallel
         Processes that share the tokens of each batch, which must be packed: see
-        :mod:`elasticore.models.sequence_parallel`. ``batch_size`` is then that of all of them.
+        :mod:`elasticore.models.parallel`. ``batch_size`` is then that of all of them.
     backend
         What runs the attention.
     seed, logging_steps, save_steps
@@ -97,7 +101,7 @@ class Recipe:
     backbone: str
     targets: dict[str, Any]
     data: dict[str, Any]
-    elastic: dict[str, Any] = field(default_factory=dict)
+    elastic: dict[str, Any] | str = field(default_factory=dict)
     policy: Literal["elastic", "duo", "prulong"] = "elastic"
     policy_settings: dict[str, Any] = field(default_factory=dict)
     signed: bool = False
@@ -150,7 +154,8 @@ class Recipe:
             The file.
         changes
             ``"key=value"`` each, as ``elasticore train --set`` takes them: a YAML value, and dots
-            into mappings, as in ``"elastic.boundary=50"``. Tasks of ``targets`` must be there.
+            into mappings, as in ``"elastic.policy.boundary=50"``. Tasks of ``targets`` must be
+            there.
         **overrides
             Settings that win over both; None leaves one as it is.
 
@@ -187,7 +192,7 @@ def _default(setting: dataclasses.Field[Any]) -> Any:
 class Parts(NamedTuple):
     """What a recipe's settings are made into, before there is a model."""
 
-    config: ElasticConfig
+    way: Elastic
     objective: LagrangianObjective
     temperature: Callable[[int, int], float]
     method: Baseline | None
@@ -201,14 +206,11 @@ def parts_of(recipe: Recipe) -> Parts:
         temperature = temperature_schedule(**recipe.temperature)
     except TypeError as error:
         raise ValueError(f"temperature does not take these settings: {error}.") from None
-    try:
-        config = ElasticConfig.from_dict(recipe.elastic)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"elastic: {error}") from None
     objective = LagrangianObjective(
         recipe.targets, recipe.signed, recipe.multiplier_init, seed=recipe.seed
     )
-    return Parts(config, objective, temperature, _method(recipe))
+    method = _method(recipe)
+    return Parts(_way(recipe, method), objective, temperature, method)
 
 
 def train(recipe: Recipe, output: str | Path, *, resume: str | Path | None = None) -> Path:
@@ -237,7 +239,7 @@ def train(recipe: Recipe, output: str | Path, *, resume: str | Path | None = Non
     """
     from transformers import PrinterCallback, TrainingArguments
 
-    from elasticore.train.baselines import attach_gates, settle_gates
+    from elasticore.train.baselines import settle_gates
     from elasticore.train.checkpointing import checkpoint_layers
     from elasticore.train.monitor import HistoryFile, reporters
     from elasticore.train.processes import check_processes, from_first
@@ -247,7 +249,7 @@ def train(recipe: Recipe, output: str | Path, *, resume: str | Path | None = Non
     from elasticore.train.trainer import RouterTrainer
 
     output = Path(output)
-    config, objective, temperature, method = parts_of(recipe)
+    way, objective, temperature, method = parts_of(recipe)
     args = TrainingArguments(
         output_dir=str(output),
         max_steps=recipe.max_steps,
@@ -290,10 +292,7 @@ def train(recipe: Recipe, output: str | Path, *, resume: str | Path | None = Non
     for samples in (dataset, held_out):
         check_tasks(samples, objective)
     torch.manual_seed(recipe.seed)  # of the routers' start
-    if method is None:
-        elasticize(model, config)
-    else:
-        attach_gates(model, config, method)
+    elasticize(model, way)
     if recipe.checkpointing:
         checkpoint_layers(model)
     shard_backbone(model, recipe.sharding)
@@ -324,8 +323,8 @@ def train(recipe: Recipe, output: str | Path, *, resume: str | Path | None = Non
         trainer.load_best()
     if args.should_save:
         if method is not None:
-            settle_gates(model, config, method, output / "pattern")
-        save_router(model.eval(), output / "router")
+            settle_gates(model, output / "pattern")
+        way_of(model).save(output / "router")
     trainer.accelerator.wait_for_everyone()
     return output / "router"
 
@@ -341,6 +340,37 @@ def _start(output: Path, resume: str | Path | None) -> Path | None:
             "it, or another output to start anew."
         )
     return there
+
+
+def _way(recipe: Recipe, method: Baseline | None) -> Elastic:
+    """How the model attends in training."""
+    settings = recipe.elastic
+    old = [] if isinstance(settings, str) else [name for name in _OLD if name in settings]
+    if old:
+        raise ValueError(
+            f"elastic has the settings {', '.join(old)} of an older form; write, each with its own "
+            "settings: elastic: {policy: {name: router, boundary: 100, hidden_multiplier: 4}, "
+            "retrieval: {name: full}, sparse: {name: streaming, sink: 128, local: 2048}, "
+            "block_size: 128}. The mode fa-xa is now sparse: {name: xattention}, and xa-ssa is "
+            "retrieval: {name: xattention}."
+        )
+    try:
+        way = Elastic.load(settings) if isinstance(settings, str) else Elastic.from_dict(settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"elastic: {error}") from None
+    if method is None:
+        if not isinstance(way.policy, Router):
+            raise ValueError(
+                f"elastic.policy must be {{name: router, ...}}, which can be trained, got "
+                f"{way.policy!r}; for a static pattern set policy to duo or prulong."
+            )
+        return way
+    if not isinstance(way.sparse, Streaming):
+        raise ValueError(
+            f"elastic.sparse must be {{name: streaming, ...}} with policy {recipe.policy}, whose "
+            f"files hold nothing else, got {way.sparse!r}."
+        )
+    return dataclasses.replace(way, policy=method)
 
 
 def _method(recipe: Recipe) -> Baseline | None:

@@ -58,8 +58,8 @@ def changed(
     data
         The settings.
     changes
-        ``"key=value"``, with a YAML value. A dot leads into a mapping: ``elastic.boundary=50``.
-        A later one wins over an earlier one.
+        ``"key=value"``, with a YAML value. Dots lead into mappings:
+        ``elastic.policy.boundary=50``. A later one wins over an earlier one.
     defaults
         Every setting there is, with what holds if ``data`` leaves it out.
     closed
@@ -82,7 +82,7 @@ def changed(
         steps = key.strip().split(".")
         if not equals or not all(steps):
             raise ValueError(
-                "set takes KEY=VALUE, such as max_steps=100 or elastic.boundary=50, got "
+                "set takes KEY=VALUE, such as max_steps=100 or elastic.policy.boundary=50, got "
                 f"{change!r}."
             )
         try:

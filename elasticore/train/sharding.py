@@ -13,7 +13,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from elasticore.models.elastic import is_elastic, routers
+from elasticore.models.attached import ROUTER
+from elasticore.models.elastic import is_elastic
 
 __all__ = [
     "Sharding",
@@ -91,10 +92,12 @@ def shard_backbone(model: PreTrainedModel, sharding: Sharding = "full") -> None:
 
 
 def shardable(model: PreTrainedModel) -> list[list[nn.Parameter]]:
-    """What :func:`shard_backbone` splits of each decoder layer of an elastic model."""
-    routing = {parameter for router in routers(model) for parameter in router.parameters()}
+    """What :func:`shard_backbone` splits of each decoder layer: matrices, but for a router's."""
     layers: Any = model.base_model.layers
-    return [[p for p in layer.parameters() if p.ndim > 1 and p not in routing] for layer in layers]
+    return [
+        [p for name, p in layer.named_parameters() if p.ndim > 1 and ROUTER not in name.split(".")]
+        for layer in layers
+    ]
 
 
 def is_sharded(model: nn.Module) -> bool:

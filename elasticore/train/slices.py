@@ -12,7 +12,7 @@ from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import DataLoader
 
 from elasticore.checks import check_int
-from elasticore.models.sequence_parallel import SequenceParallel, slice_tokens
+from elasticore.models.parallel import SequenceParallel, slice_tokens
 from elasticore.train.data import Collator, TrainingSample
 
 __all__ = ["SliceCollator", "check_slices", "form_groups", "share_batches"]

@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from elasticore.checks import check_number
-from elasticore.models.elastic import is_elastic, routers, routings
-from elasticore.models.files import WEIGHTS, save_router
-from elasticore.models.state import STATE
+from elasticore.models.attached import PASS, Pass
+from elasticore.models.elastic import is_elastic, routers, way_of
+from elasticore.models.files import WEIGHTS
 from elasticore.router import AttentionRouter, CosineTemperature, seed_noise
 from elasticore.router.routing import model_msr
 from elasticore.train.data import Collator, Learnt, TrainingSample
@@ -37,7 +37,7 @@ MULTIPLIERS = "multipliers.safetensors"
 class RouterTrainer(ResumableTrainer):
     """A :class:`transformers.Trainer` whose only parameters are the routers and the multipliers.
 
-    Checkpoints hold the routers (:func:`save_router`), the multipliers and the Trainer's own
+    Checkpoints hold the routers (:meth:`Elastic.save`), the multipliers and the Trainer's own
     optimizer, schedule and random states; never the backbone. Beside the usual figures it logs,
     averaged since the last time: ``lm_loss``, ``penalty``, ``entropy`` (:func:`decision_entropy`;
     also per layer), and ``msr/`` per task; as they are now, ``temperature`` and, per task,
@@ -64,7 +64,7 @@ class RouterTrainer(ResumableTrainer):
         Learning rate of the multipliers, which ascend.
     sequence_parallel
         Processes that share the tokens of each batch, which must be packed. The model is attached
-        to them here: see :class:`~elasticore.models.sequence_parallel.SequenceParallel`.
+        to them here: see :class:`~elasticore.models.parallel.SequenceParallel`.
     callbacks
         Further Trainer callbacks.
 
@@ -205,14 +205,14 @@ class RouterTrainer(ResumableTrainer):
         here = learnt.part(*inputs.pop("slice")) if "slice" in inputs else learnt
         backbone = self._elastic()
         self.note_samples(origins, model.training)
+        one = Pass()
         try:
-            lm_loss, outputs = self.fidelity(model, backbone, inputs, here)
+            lm_loss, outputs = self.fidelity(model, backbone, {**inputs, PASS: one}, here)
         except ValueError as error:  # on a CPU, a gate that is NaN is refused
-            made = getattr(backbone, STATE).routings.values()
-            if all(r.logits is None or bool(r.logits.isfinite().all()) for r in made):
+            if all(r.logits is None or bool(r.logits.isfinite().all()) for r in one.routings):
                 raise
             raise self.not_finite("a router's logits", origins) from error
-        decided = routings(backbone)
+        decided = one.routings
         msr = model_msr(decided)
         if self.slices is not None:
             # From a slice's tokens and heads to the batch's, for gradients that DDP will average.
@@ -256,7 +256,7 @@ class RouterTrainer(ResumableTrainer):
         backbone
             The elastic model itself.
         inputs
-            Its arguments.
+            Its arguments, the :class:`Pass` that is to hold the routings among them.
         learnt
             What the loss is made of.
         """
@@ -278,7 +278,7 @@ class RouterTrainer(ResumableTrainer):
 
     def save_policies(self, folder: Path) -> None:
         """Write what was trained into a checkpoint."""
-        save_router(self._elastic(), folder)
+        way_of(self._elastic()).save(folder)
 
     def load_policies(self, folder: Path) -> None:
         """Copy what a checkpoint holds into the model's routers, which the optimizer has."""

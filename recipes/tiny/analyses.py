@@ -20,9 +20,10 @@ from elasticore.eval.methods import Method
 from elasticore.eval.tasks import TASKS, Sample
 from elasticore.train import Recipe
 from elasticore.train.curves import read_curves, to_json
+from elasticore.train.recipe import parts_of
 from recipes.tiny.plan import Size, main_target, router
 from recipes.tiny.runs import Run, Trainings, console
-from recipes.tiny.scores import Scorer, identity, streaming_config
+from recipes.tiny.scores import Scorer, identity, streaming
 
 __all__ = ["analyse"]
 
@@ -37,7 +38,7 @@ def analyse(
     A file counts if it is of the same trainings and settings.
     """
     recipe = Recipe.load(trainings.config, trainings.common)
-    config = streaming_config(ec.ElasticConfig.from_dict(recipe.elastic))
+    streams = streaming(parts_of(recipe).way)
     group = f"elastic-t{main_target(recipe):g}"
     main = [run for run in trained if run.group == group]
     samples = [
@@ -46,14 +47,14 @@ def analyse(
         for sample in scorer.samples(task, size.length, size.analysis_samples)
     ]
     parts: dict[str, Callable[[], Any]] = {
-        "sparsification": lambda: sparsification(scorer, samples, config, size),
+        "sparsification": lambda: sparsification(scorer, samples, streams, size),
     }
     ways = [Method("full", "full"), *(router(trainings, run) for run in main[:1])]
     ways += [router(trainings, run) for run in trained if (run.group, run.seed) == ("duo", 0)]
     about = {
         "ways": [identity(way) for way in (*ways, *(router(trainings, run) for run in main[1:]))],
         "backbone": scorer.weights,
-        "config": config.to_dict(),
+        "streams": streams.to_dict(),
         "length": size.length,
         "samples": size.analysis_samples,
         "ratios": list(size.ratios),
@@ -84,7 +85,7 @@ def analyse(
 
 
 def sparsification(
-    scorer: Scorer, samples: Sequence[Sample], config: ec.ElasticConfig, size: Size
+    scorer: Scorer, samples: Sequence[Sample], streams: ec.Elastic, size: Size
 ) -> dict[str, Any]:
     """Retrieval scores (Eq. 9), and each task as head after head turns sparse (C.2, Figure 2)."""
     needles = [sample for sample in samples if sample.task == "needle"]
@@ -94,7 +95,7 @@ def sparsification(
         samples,
         scores.kv_heads,
         ratios=size.ratios,
-        config=config,
+        way=streams,
         batch_size=max(1, scorer.batch_tokens // size.length),
         step=lambda text: console.print(text, highlight=False),
     )

@@ -26,7 +26,6 @@ from rich.table import Table
 from torch import Tensor
 
 import elasticore as ec
-from elasticore.assets import tiny
 from elasticore.backends.triton import TritonAttention
 from elasticore.eval.tasks import TASKS, Sample, make_sample
 from elasticore.eval.teacher_forced import Score, score
@@ -50,9 +49,10 @@ def decisions(model: Any, samples: list[Sample], batch_size: int) -> Tensor:
     for start in sorted({sample.start for sample in samples}):
         prompts = [sample.input_ids[:start] for sample in samples if sample.start == start]
         for ids in torch.as_tensor(np.stack(prompts), device=model.device).split(batch_size):
+            one = ec.Pass()
             with torch.no_grad():
-                model(ids, logits_to_keep=1)
-            found.append(torch.stack([r.decisions for r in ec.routings(model)], 1).cpu())
+                model(ids, logits_to_keep=1, elastic=one)
+            found.append(torch.stack([r.decisions for r in one.routings], 1).cpu())
     return torch.cat(found)
 
 
@@ -79,7 +79,7 @@ def run(dtype: str, samples: int, length: int, batch_size: int) -> dict[str, Any
         held_out = [
             make_sample(task, tokenizer, length, s) for task in TASKS for s in range(samples)
         ]
-        ec.load_router(model, tiny() / "router")
+        ec.elasticize(model, TINY)
         if backend == "serial":
             keep_modules(model)
         with ec.use_backend(backend):

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-import elasticore as ec
+from elasticore import HeadTable
 from elasticore.eval.methods import Method
 from elasticore.eval.tasks import TASKS
-from elasticore.router.gates import sparse_table
 from elasticore.train import BASELINES, Recipe
+from elasticore.train.recipe import parts_of
 from recipes.tiny.runs import Run, Trainings, gate_scores
-from recipes.tiny.scores import HeadTable, Scorer, Stretched, Way, mean_msr, streaming_config
+from recipes.tiny.scores import Scorer, Static, Stretched, Way, mean_msr, streaming, window
 
 __all__ = [
     "FULL",
@@ -142,15 +142,15 @@ def elastic(target: float, seeds: int) -> list[Run]:
 
 
 def ablations(seeds: int) -> list[Run]:
-    """Other modes (Tables 1 and 4), sizes of the router (Table 3) and pooling (Figure 14)."""
+    """Other patterns (Tables 1 and 4), sizes of the router (Table 3) and pooling (Figure 14)."""
     changes = {
-        "fa-xa": "elastic.mode=fa-xa",
-        "xa-ssa": "elastic.mode=xa-ssa",
-        "hidden2": "elastic.hidden_multiplier=2",
-        "hidden6": "elastic.hidden_multiplier=6",
-        "hidden8": "elastic.hidden_multiplier=8",
-        "boundary50": "elastic.boundary=50",
-        "boundaryall": "elastic.boundary=null",
+        "fa-xa": "elastic.sparse={name: xattention}",
+        "xa-ssa": "elastic.retrieval={name: xattention}",
+        "hidden2": "elastic.policy.hidden_multiplier=2",
+        "hidden6": "elastic.policy.hidden_multiplier=6",
+        "hidden8": "elastic.policy.hidden_multiplier=8",
+        "boundary50": "elastic.policy.boundary=50",
+        "boundaryall": "elastic.policy.boundary=null",
     }
     return [
         Run(group, seed, (change,)) for group, change in changes.items() for seed in range(seeds)
@@ -210,14 +210,14 @@ def ways(
 ) -> Iterator[Subject]:
     """Everything to score, the most important first; it may depend on what was scored before."""
     recipe = Recipe.load(trainings.config, trainings.common)
-    config = streaming_config(ec.ElasticConfig.from_dict(recipe.elastic))
+    way = parts_of(recipe).way
+    streams = streaming(way)
     main = f"elastic-t{main_target(recipe):g}"
     once = ((size.length, size.samples),)
     every = once + tuple((length, size.length_samples) for length in size.lengths)
-    sizes = {"sink": config.sink, "local": config.local, "block_size": config.block_size}
     plain = [
         Subject(Method("full", "full"), "full", lengths=every),
-        Subject(Method("streaming", "streaming", sizes), "streaming", lengths=every),
+        Subject(Method("streaming", "streaming", window(way)), "streaming", lengths=every),
     ]
     plain += [
         Subject(
@@ -233,9 +233,9 @@ def ways(
     for length in (one for one in size.lengths if one > size.length):
         for one in plain:
             if one.group in {"full", "streaming", main, *BASELINES}:
-                way = Stretched(one.way, length / size.length)
+                longer = Stretched(one.way, length / size.length)
                 few = ((length, size.length_samples),)
-                yield Subject(way, f"{one.group}+yarn", one.seed, few)
+                yield Subject(longer, f"{one.group}+yarn", one.seed, few)
 
     # Static patterns at the share that elastic attention has on average.
     gates = {run: gate_scores(trainings.path(run)) for run in trained if run.group in BASELINES}
@@ -246,21 +246,22 @@ def ways(
         for other, scores in gates.items():
             if other.seed == run.seed and run.group != main:
                 group = f"{other.group}@{run.group}"
-                table = sparse_table(scores, msr)
-                cut = HeadTable.of(f"{group}-s{run.seed}", table, config)
+                table = HeadTable.of_scores(scores, msr)
+                cut = Static(f"{group}-s{run.seed}", table, streams)
                 yield Subject(cut, group, run.seed, once)
     for share in size.shares:
         for other, scores in gates.items():
             group = f"{other.group}@{share:g}"
-            cut = HeadTable.of(f"{group}-s{other.seed}", sparse_table(scores, share), config)
+            table = HeadTable.of_scores(scores, share)
+            cut = Static(f"{group}-s{other.seed}", table, streams)
             yield Subject(cut, group, other.seed, once)
     few = ((size.length, size.table_samples),)
     for group, found in shares.items():
         for number in range(size.tables):
-            table = ec.random_head_table(*scorer.shape, fmean(found), number)
-            random = HeadTable.of(f"random@{group}-{number}", table, config)
+            table = HeadTable.random(*scorer.shape, fmean(found), number)
+            random = Static(f"random@{group}-{number}", table, streams)
             yield Subject(random, f"random@{group}", number, few, SENSITIVE)
     for name in size.selectors:
         kind, settings = SELECTORS[name]
-        selecting = Method(name, kind, {**settings, "block_size": config.block_size})
+        selecting = Method(name, kind, {**settings, "block_size": way.block_size})
         yield Subject(selecting, name, lengths=once)

@@ -8,34 +8,33 @@ import platform
 import time
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from rich.progress import track
-from torch import Tensor
 
 import elasticore as ec
 from elasticore.eval.methods import Method
 from elasticore.eval.tasks import TASKS, Sample, make_sample
 from elasticore.eval.teacher_forced import Score, score
-from elasticore.models.files import fingerprint
 from elasticore.models.loading import TINY, load_backbone
 from recipes.tiny.runs import console
 
 __all__ = [
-    "HeadTable",
+    "Static",
     "Scorer",
     "Stretched",
     "Way",
     "identity",
     "means",
     "mean_msr",
-    "streaming_config",
+    "streaming",
     "value",
+    "window",
 ]
 
 Figures = dict[str, dict[str, Any]]
@@ -45,7 +44,7 @@ ROUTER = "router.safetensors"
 
 
 class Way(Protocol):
-    """A way to attend: a :class:`Method` of the library, or a head table."""
+    """How a model attends, with a name: a :class:`Method` of the library, or a head table."""
 
     name: str
 
@@ -54,36 +53,26 @@ class Way(Protocol):
 
 
 @dataclass(frozen=True)
-class HeadTable:
+class Static:
     """The same heads stream for every input.
 
     Attributes
     ----------
     name
         As it is shown, and of its file.
-    sparse
-        Per layer, 1 for the heads that stream.
-    config
-        What they read.
+    table
+        Which ones.
+    streams
+        What they read, as :func:`streaming` returns it.
     """
 
     name: str
-    sparse: tuple[tuple[int, ...], ...]
-    config: ec.ElasticConfig = field(repr=False)
+    table: ec.HeadTable
+    streams: ec.Elastic = field(repr=False)
 
-    @classmethod
-    def of(cls, name: str, table: Tensor, config: ec.ElasticConfig) -> HeadTable:
-        """From a bool tensor ``[layers, kv_heads]``."""
-        return cls(name, tuple(tuple(map(int, row)) for row in table.tolist()), config)
-
-    @contextmanager
-    def on(self, model: Any) -> Iterator[None]:
+    def on(self, model: Any) -> AbstractContextManager[Any]:
         """See :class:`Way`."""
-        ec.elasticize(model, self.config, policies=ec.fixed_policies(self.sparse))
-        try:
-            yield
-        finally:
-            ec.restore(model)
+        return replace(self.streams, policy=self.table).on(model)
 
 
 @dataclass(frozen=True)
@@ -157,7 +146,7 @@ class Scorer:
         self.dtype = dtype if dtype != "auto" else "bfloat16" if cuda else "float32"
         self.batch_tokens = batch_tokens or (204_800 if cuda else 8_192)
         self.model, self.tokenizer = load_backbone(backbone, self.dtype)
-        self.weights = fingerprint(self.model)["weights"]
+        self.weights = ec.fingerprint(self.model)["weights"]
         self.shape = self.model.config.num_hidden_layers, self.model.config.num_key_value_heads
         self._samples: dict[tuple[str, int], list[Sample]] = {}
 
@@ -215,7 +204,7 @@ class Scorer:
             found = score(self.model, samples, batch_size=size, progress=bar)
         figures: dict[str, Any] = means(found)[samples[0].task]
         if isinstance(way, Method) and way.kind == "router":
-            decided = [one.decisions for one in trace.passes if one.prefill]
+            decided = [one.decisions for one in trace.passes if one.decided]
             figures["sparse"] = torch.cat(decided, 1).double().mean(1).tolist()
         return figures
 
@@ -224,8 +213,9 @@ def identity(way: Way) -> dict[str, Any]:
     """What must be the same for two ways to be the same one; routers count by their weights."""
     if isinstance(way, Stretched):
         return {"yarn": way.factor, "way": identity(way.way)}
-    if isinstance(way, HeadTable):
-        return {"table": [list(row) for row in way.sparse], "config": way.config.to_dict()}
+    if isinstance(way, Static):
+        table = torch.as_tensor(way.table.sparse).int().tolist()
+        return {"table": table, "way": way.streams.to_dict()}
     assert isinstance(way, Method)
     settings = dict(way.settings)
     if "path" in settings:
@@ -261,8 +251,14 @@ def mean_msr(figures: Figures) -> float:
     return float(np.mean([one["msr"] for one in figures.values()]))
 
 
-def streaming_config(config: ec.ElasticConfig) -> ec.ElasticConfig:
-    """What a streaming head reads under ``config``, without what else it says."""
-    return ec.ElasticConfig(
-        "fa-ssa", sink=config.sink, local=config.local, block_size=config.block_size
-    )
+def streaming(way: ec.Elastic) -> ec.Elastic:
+    """Every head as the sparse ones of ``way``, which stream."""
+    if not isinstance(way.sparse, ec.Streaming):
+        raise ValueError(f"way must have sparse=Streaming(...), got {way.sparse!r}.")
+    return ec.Elastic(ec.AllSparse(), sparse=way.sparse, block_size=way.block_size)
+
+
+def window(way: ec.Elastic) -> dict[str, int]:
+    """Settings of the method ``streaming`` that reads what the sparse heads of ``way`` do."""
+    read: Any = streaming(way).sparse
+    return {"sink": read.sink, "local": read.local, "block_size": way.block_size}

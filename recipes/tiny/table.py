@@ -15,20 +15,20 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from elasticore import ElasticConfig, random_head_table
+from elasticore import Elastic, HeadTable
 from elasticore.assets import tiny
 from elasticore.eval.methods import Method
 from elasticore.eval.tasks import TASKS
-from elasticore.models.files import SETTINGS
 from recipes.tiny.about import about
 from recipes.tiny.plan import SENSITIVE
 from recipes.tiny.scores import (
     Figures,
-    HeadTable,
     Scorer,
+    Static,
     Way,
     mean_msr,
-    streaming_config,
+    streaming,
+    window,
 )
 
 
@@ -47,22 +47,21 @@ def main(
     """Score every method on the same held-out samples and print the table."""
     scorer = Scorer(dtype=dtype, batch_tokens=batch_size * length, backend=backend)
     path = router or tiny() / "router"
-    config = ElasticConfig.from_dict(json.loads((path / SETTINGS).read_text("utf-8"))["config"])
-    window = {"sink": config.sink, "local": config.local, "block_size": config.block_size}
+    elastic = Elastic.load(path)
     results: dict[str, Any] = {
         name: _score(scorer, way, length, samples)
         for name, way in {
             "full": Method("full", "full"),
             "elastic": Method("elastic", "router", {"path": str(path)}),
-            "streaming": Method("streaming", "streaming", window),
+            "streaming": Method("streaming", "streaming", window(elastic)),
         }.items()
     }
     # Static tables spend on every input what elastic spends on average over all tasks.
     msr = mean_msr(results["elastic"])
     static = []
     for seed in range(tables):
-        table = random_head_table(*scorer.shape, msr, seed)
-        way = HeadTable.of(f"random table {seed}", table, streaming_config(config))
+        table = HeadTable.random(*scorer.shape, msr, seed)
+        way = Static(f"random table {seed}", table, streaming(elastic))
         static.append(_score(scorer, way, length, samples, SENSITIVE))
     accuracy = [float(np.mean([t["accuracy"] for t in one.values()])) for one in static]
     results["random_tables"] = {
@@ -77,7 +76,7 @@ def main(
             "samples_per_task": samples,
             "length": length,
             "dtype": dtype,
-            "elastic": config.to_dict(),
+            "elastic": elastic.to_dict(),
         },
         "results": results,
     }

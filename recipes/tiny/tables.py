@@ -202,12 +202,20 @@ def made_table(report: Report) -> Table:
             f"{recipe['data']['length']:,} tokens, {recipe['dtype']}",
         ],
         ["scores", f"in {settings['dtype']}"],
-        ["streaming heads", ", ".join(f"{k} {v}" for k, v in recipe["elastic"].items())],
+        ["elastic", "; ".join(f"{k} {_said(v)}" for k, v in recipe["elastic"].items())],
     ]
     if trainings:
         each = [one["seconds"] for one in trainings.values()]
         rows.insert(6, ["one training", f"{min(each):.0f} to {max(each):.0f} s"])
     return _table(["", ""], rows)
+
+
+def _said(setting: Any) -> str:
+    """A setting, or the settings of a policy or pattern after its name."""
+    if not isinstance(setting, dict):
+        return str(setting)
+    own = (f"{key} {value}" for key, value in setting.items() if key != "name")
+    return ", ".join([setting["name"], *own])
 
 
 def paper_table() -> Table:

@@ -14,6 +14,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, TrainingArguments
 
 import elasticore as ec
 from elasticore.backends import registry
+from elasticore.backends.registry import BACKENDS
 from elasticore.backends.typical import example_request
 from elasticore.demo import run_demo
 from elasticore.train import Collator, LagrangianObjective, RouterTrainer, TrainingSample
@@ -21,14 +22,14 @@ from elasticore.train import Collator, LagrangianObjective, RouterTrainer, Train
 pytestmark = pytest.mark.usefixtures("example")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMALL = ec.ElasticConfig(sink=16, local=32, block_size=16)
+SMALL = ec.Elastic(sparse=ec.Streaming(16, 32))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(params=[*registry._BUILT_IN, "example"])
+@pytest.fixture(params=[*BACKENDS.built_in, "example"])
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend that is available here; the others are skipped with their reason."""
-    info = next(info for info in ec.backends() if info.name == request.param)
+    info = next(info for info in ec.list_backends() if info.name == request.param)
     if not info.available:
         pytest.skip(f"{info.name}: {info.reason}")
     return info.name
@@ -40,7 +41,7 @@ def dtype_of(backend: str, **needs: Any) -> torch.dtype:
         request = example_request(
             device=torch.device(DEVICE), dtype=dtype, head_dim=32, block_size=16, **needs
         )
-        verdict = registry._instance(backend).supports(request)
+        verdict = registry.instance(backend).supports(request)
         if verdict.ok:
             return dtype
     pytest.skip(f"{backend}: {verdict.reason}")

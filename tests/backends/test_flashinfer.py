@@ -20,10 +20,10 @@ import elasticore as ec
 from elasticore import HeadMode, HeadPlan, SequenceLayout, Streaming, Verdict, testing
 from elasticore.backends import flashinfer as backend
 from elasticore.backends.flashinfer import FlashInferAttention
-from elasticore.backends.registry import backends, register_backend
-from elasticore.testing import Case, ScatteredBlocks
-
-FULL, STREAMING, SELECTED = HeadMode
+from elasticore.backends.registry import list_backends, register_backend
+from elasticore.testing import Case
+from elasticore.testing.cases import PAIRS
+from tests.plans import pair_of
 
 
 class Prefill:
@@ -173,7 +173,7 @@ def test_any_layout_and_routing(data: st.DataObject, engine: str) -> None:
     draw, size = data.draw, 16
     lengths = draw(st.lists(st.integers(0, 70), min_size=1, max_size=4), label="keys")
     queries = [draw(st.integers(0, length), label="queries") for length in lengths]
-    modes = [draw(st.lists(st.integers(0, 2), min_size=2, max_size=2)) for _ in lengths]
+    decisions = [draw(st.lists(st.integers(0, 1), min_size=2, max_size=2)) for _ in lengths]
     spare = draw(st.integers(0, 3), label="spare")  # tokens that no sequence owns
     layout = SequenceLayout.packed(
         *(torch.tensor([0, *itertools.accumulate(x)]) for x in (queries, lengths))
@@ -185,12 +185,9 @@ def test_any_layout_and_routing(data: st.DataObject, engine: str) -> None:
     )
     if draw(st.booleans(), label="heads first"):
         q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
-    plan = HeadPlan(
-        torch.tensor(modes, dtype=torch.int8),
-        streaming=Streaming(draw(st.sampled_from([0, 16])), draw(st.sampled_from([16, 32]))),
-        selector=ScatteredBlocks(),
-        block_size=size,
-    )
+    streaming = Streaming(draw(st.sampled_from([0, 16])), draw(st.sampled_from([16, 32])))
+    pair = pair_of(draw(st.sampled_from(PAIRS)), streaming)
+    plan = HeadPlan(torch.tensor(decisions, dtype=torch.int8), *pair, block_size=size)
     args = *(x.transpose(1, 2) for x in (q, k, v)), plan
     ours = ec.hybrid_head_attention(*args, layout=layout, backend=engine)
     reference = ec.hybrid_head_attention(*args, layout=layout, backend="serial")
@@ -206,9 +203,10 @@ def test_keys_and_values_are_read_where_they_lie(engine: str) -> None:
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0])
 def test_a_scale_may_be_negative_or_zero(scale: float, engine: str) -> None:
-    problem = testing.make_problem(Case("left", 4, 32, 129, "some", "32"))
-    problem = problem._replace(scale=scale)
-    torch.testing.assert_close(problem.run(engine), problem.run("serial"))
+    for lanes in PAIRS:
+        problem = testing.make_problem(Case("left", 4, 32, 129, "some", "32"), lanes=lanes)
+        problem = problem._replace(scale=scale)
+        torch.testing.assert_close(problem.run(engine), problem.run("serial"))
 
 
 # --- Plans ---------------------------------------------------------------------------------------
@@ -216,29 +214,30 @@ def test_a_scale_may_be_negative_or_zero(scale: float, engine: str) -> None:
 
 def problem_without_lists() -> testing.Problem:
     problem = testing.make_problem(Case("packed", 4, 32, 129, "all", "32"))
-    modes = torch.tensor([[0, 1], [1, 1], [1, 0]], dtype=torch.int8)
-    return problem._replace(plan=problem.plan.with_modes(modes))
+    decisions = torch.tensor([[0, 1], [1, 1], [1, 0]], dtype=torch.int8)
+    return problem._replace(plan=problem.plan.with_decisions(decisions))
 
 
 def test_a_routing_is_planned_once(engine: str) -> None:
     problem = problem_without_lists()
     first = problem.run(engine)
-    again = problem._replace(plan=problem.plan.with_modes(problem.plan.modes.clone()))
+    again = problem._replace(plan=problem.plan.with_decisions(problem.plan.decisions.clone()))
     assert torch.equal(problem.run(engine), first)
     assert torch.equal(again.run(engine), first)
     assert Prefill.plans == 2  # FULL heads, and the others
 
 
-def test_modes_that_are_overwritten_are_planned_again(engine: str) -> None:
+def test_decisions_that_are_overwritten_are_planned_again(engine: str) -> None:
     problem = problem_without_lists()
     problem.run(engine)
-    problem.plan.modes.fill_(int(STREAMING))
+    problem.plan.decisions.fill_(1)
     torch.testing.assert_close(problem.run(engine), problem.run("serial"))
     assert Prefill.plans == 3  # now there are no FULL heads
 
 
 def test_lists_are_planned_in_every_call(engine: str) -> None:
-    problem = testing.make_problem(Case("dense", 4, 32, 129, "all", "32"))
+    lanes = HeadMode.FULL, HeadMode.SELECTED
+    problem = testing.make_problem(Case("dense", 4, 32, 129, "all", "32"), lanes=lanes)
     for q in (problem.q, problem.q.flip(2)):
         one = problem._replace(q=q)
         torch.testing.assert_close(one.run(engine), one.run("serial"))
@@ -251,11 +250,11 @@ def test_old_plans_are_given_back(engine: str, monkeypatch: pytest.MonkeyPatch) 
     plan = HeadPlan(torch.tensor([[0, 1]], dtype=torch.int8), block_size=128)
     for length in (128, 200, 300, 128):
         x = torch.randn(1, 2, length, 32)
-        ours.attend(x, x, x, plan)
+        ours.attend(x, x, x, plan, layout=SequenceLayout.dense(), scale=0.25)
     assert len(ours._plans) == 2
     assert Prefill.plans == 2 * 4
     del plan
-    assert not ours._routings._kept
+    assert not ours._routings._memos
 
 
 # --- Refusals ------------------------------------------------------------------------------------
@@ -330,7 +329,7 @@ GPU_CASES = [
 
 
 def needs_flashinfer() -> None:
-    row = next(row for row in backends() if row.name == "flashinfer")
+    row = next(row for row in list_backends() if row.name == "flashinfer")
     if not row.available:
         pytest.skip(row.reason)
 

@@ -23,10 +23,9 @@ from elasticore.backends.flex.arrangement import arrange
 from elasticore.backends.flex.blocks import Blocks, blocks_read
 from elasticore.backends.registry import register_backend
 from elasticore.patterns import BlockLists
-from elasticore.testing import Case, ScatteredBlocks
-
-FULL, STREAMING, SELECTED = HeadMode
-PAIRS = ((FULL, STREAMING), (FULL, SELECTED), (SELECTED, STREAMING))
+from elasticore.testing import Case
+from elasticore.testing.cases import PAIRS
+from tests.plans import pair_of, plan_of
 
 
 def block_masks(blocks: Blocks, others: int) -> tuple[Tensor, Tensor]:
@@ -96,7 +95,7 @@ def test_block_masks_are_the_pattern(
     case: Case, pair: tuple[HeadMode, HeadMode], by_table: str
 ) -> None:
     testing.check_output(by_table, case)
-    testing.check_gradients(by_table, case, modes=pair)
+    testing.check_gradients(by_table, case, lanes=pair)
     testing.check_same_alone(by_table, case)
 
 
@@ -106,7 +105,7 @@ def test_any_layout_and_routing(data: st.DataObject, by_table: str) -> None:
     draw, size = data.draw, 16
     lengths = draw(st.lists(st.integers(0, 70), min_size=1, max_size=4), label="keys")
     queries = [draw(st.integers(0, length), label="queries") for length in lengths]
-    modes = [draw(st.lists(st.integers(0, 2), min_size=2, max_size=2)) for _ in lengths]
+    decisions = [draw(st.lists(st.integers(0, 1), min_size=2, max_size=2)) for _ in lengths]
     spare = draw(st.integers(0, 3), label="spare")  # tokens that no sequence owns
     layout = SequenceLayout.packed(
         *(torch.tensor([0, *itertools.accumulate(x)]) for x in (queries, lengths))
@@ -116,12 +115,9 @@ def test_any_layout_and_routing(data: st.DataObject, by_table: str) -> None:
         torch.randn(1, heads, max(1, sum(n) + spare), 16, generator=generator).double()
         for n, heads in ((queries, 4), (lengths, 2), (lengths, 2))
     )
-    plan = HeadPlan(
-        torch.tensor(modes, dtype=torch.int8),
-        streaming=Streaming(draw(st.sampled_from([0, 16])), draw(st.sampled_from([16, 32]))),
-        selector=ScatteredBlocks(),
-        block_size=size,
-    )
+    streaming = Streaming(draw(st.sampled_from([0, 16])), draw(st.sampled_from([16, 32])))
+    pair = pair_of(draw(st.sampled_from(PAIRS)), streaming)
+    plan = HeadPlan(torch.tensor(decisions, dtype=torch.int8), *pair, block_size=size)
     k[:, :, sum(lengths) :] = v[:, :, sum(lengths) :] = torch.nan
     ours = ec.hybrid_head_attention(q, k, v, plan, layout=layout, backend=by_table)
     reference = ec.hybrid_head_attention(q, k, v, plan, layout=layout, backend="serial")
@@ -140,9 +136,7 @@ def test_whole_blocks_stay_where_they_are() -> None:
 
 
 def test_a_row_block_reads_sink_and_window() -> None:
-    plan = HeadPlan(
-        torch.tensor([[0, 1]], dtype=torch.int8), streaming=Streaming(16, 32), block_size=16
-    )
+    plan = plan_of([[0, 1]], Streaming(16, 32), block_size=16)
     places = arrange(SequenceLayout.dense(), 1, 80, 80, 16, torch.device("cpu"))
     blocks = blocks_read(plan, places, None, 2)
     whole, diagonal = block_masks(blocks, 5)
@@ -162,12 +156,9 @@ def test_a_row_block_reads_sink_and_window() -> None:
 
 def problem_without_lists() -> testing.Problem:
     problem = testing.make_problem(Case("packed", 4, 32, 129, "all", "32"))
-    plan = HeadPlan(
-        torch.tensor([[0, 1], [1, 1], [1, 0]], dtype=torch.int8),
-        streaming=Streaming(32, 64),
-        block_size=32,
+    return problem._replace(
+        plan=plan_of([[0, 1], [1, 1], [1, 0]], Streaming(32, 64), block_size=32)
     )
-    return problem._replace(plan=plan)
 
 
 def test_a_plans_block_mask_is_made_once(by_table: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,14 +172,14 @@ def test_a_plans_block_mask_is_made_once(by_table: str, monkeypatch: pytest.Monk
     problem = problem_without_lists()
     assert torch.equal(problem.run(by_table), problem.run(by_table))
     assert len(made) == 1
-    problem.plan.modes.fill_(int(STREAMING))
+    problem.plan.decisions.fill_(1)
     torch.testing.assert_close(problem.run(by_table), problem.run("serial"))
     assert len(made) == 2
     with torch.inference_mode():  # PyTorch does not count writes here: nothing may be kept
-        modes = problem.plan.modes.clone()
-        inferred = problem._replace(plan=problem.plan.with_modes(modes))
+        decisions = problem.plan.decisions.clone()
+        inferred = problem._replace(plan=problem.plan.with_decisions(decisions))
         inferred.run(by_table)
-        modes.zero_()
+        decisions.zero_()
         torch.testing.assert_close(inferred.run(by_table), inferred.run("serial"))
 
 
@@ -196,10 +187,10 @@ def test_block_masks_go_with_their_plan(by_table: str) -> None:
     engine = ByTable()
     x = torch.randn(1, 2, 64, 16)
     plan = HeadPlan(torch.tensor([[0, 1]], dtype=torch.int8))
-    engine.attend(x, x, x, plan)
-    assert len(engine._prepared._kept) == 1
+    engine.attend(x, x, x, plan, layout=SequenceLayout.dense(), scale=0.25)
+    assert len(engine._prepared._memos) == 1
     del plan
-    assert len(engine._prepared._kept) == 0
+    assert len(engine._prepared._memos) == 0
 
 
 def test_one_kernel_serves_all_lengths(
@@ -244,7 +235,7 @@ def test_it_never_runs_uncompiled() -> None:
         torch._dynamo.config.patch(disable=True),
         pytest.raises(ec.ElasticoreError, match="without being compiled"),
     ):
-        Compiled().attend(x, x, x, plan)
+        Compiled().attend(x, x, x, plan, layout=SequenceLayout.dense(), scale=0.25)
     assert backend._compiled.cache_info().currsize == 0
 
 
@@ -308,17 +299,18 @@ def test_conformance(case: Case, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("modes", PAIRS)
+@pytest.mark.parametrize("lanes", PAIRS)
 @pytest.mark.parametrize("case", GPU_CASES[::2], ids=str)
-def test_gradients(case: Case, modes: tuple[HeadMode, HeadMode]) -> None:
-    testing.check_gradients("flex", case, modes=modes, dtype=torch.bfloat16, device="cuda")
-    testing.check_repeatable("flex", case, modes=modes, dtype=torch.bfloat16, device="cuda")
+def test_gradients(case: Case, lanes: tuple[HeadMode, HeadMode]) -> None:
+    how: dict[str, Any] = {"lanes": lanes, "dtype": torch.bfloat16, "device": "cuda"}
+    testing.check_gradients("flex", case, **how)
+    testing.check_repeatable("flex", case, gradients=True, **how)
 
 
 @pytest.mark.gpu
-def test_a_graphs_replay_follows_the_modes() -> None:
-    modes = torch.zeros(1, 2, dtype=torch.int8, device="cuda")
-    plan = HeadPlan(modes, streaming=Streaming(128, 128), check=False)
+def test_a_graphs_replay_follows_the_decisions() -> None:
+    decisions = torch.zeros(1, 2, dtype=torch.int8, device="cuda")
+    plan = HeadPlan(decisions, sparse=Streaming(128, 128), check=False)
     x = torch.randn(1, 2, 1024, 64, device="cuda", dtype=torch.bfloat16)
     full = ec.hybrid_head_attention(x, x, x, plan, backend="flex")
     graph = torch.cuda.CUDAGraph()
@@ -326,7 +318,7 @@ def test_a_graphs_replay_follows_the_modes() -> None:
         out = ec.hybrid_head_attention(x, x, x, plan, backend="flex")
     graph.replay()
     assert torch.equal(out, full)
-    modes.fill_(int(STREAMING))
+    decisions.fill_(1)
     graph.replay()
     assert torch.equal(out, ec.hybrid_head_attention(x, x, x, plan, backend="flex"))
     assert not torch.equal(out, full)

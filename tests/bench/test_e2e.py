@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import elasticore as ec
-from elasticore import ElasticConfig, elasticize, is_elastic, random_head_table
+from elasticore import HeadTable, elasticize, is_elastic
 from elasticore.backends.serial import SerialAttention
 from elasticore.bench.cases import Ready, cases_of
 from elasticore.bench.e2e import E2eCase, E2eWork, Elastic, FirstToken, Unchanged
@@ -71,7 +71,7 @@ def test_elastic_models_share_the_weights_and_leave_the_unchanged_one_alone(work
 def test_every_prefill_runs_the_real_routers_and_obeys_the_table(work, monkeypatch):
     made = []
     monkeypatch.setattr(
-        "elasticore.bench.e2e.elasticize",
+        "elasticore.models.elastic.elasticize",
         lambda model, *args, **kwargs: made.append(elasticize(model, *args, **kwargs)),
     )
     ready = Elastic("fa-ssa", 0.5).prepare(work)
@@ -81,7 +81,7 @@ def test_every_prefill_runs_the_real_routers_and_obeys_the_table(work, monkeypat
     with ec.record() as trace:
         ready.call()
     assert len(ran) == CASE.layers
-    table = random_head_table(CASE.layers, CASE.kv_heads, 0.5, seed=0)
+    table = HeadTable.random(CASE.layers, CASE.kv_heads, 0.5, seed=0).sparse
     assert torch.equal(trace.passes[0].decisions[:, 0].bool(), table)
 
 
@@ -89,7 +89,7 @@ def test_every_prefill_runs_the_real_routers_and_obeys_the_table(work, monkeypat
 def test_the_shares_of_the_default_model_are_exact(share):
     case = E2eCase("e2e", 8192, None)
     heads = case.layers * case.kv_heads
-    table = random_head_table(case.layers, case.kv_heads, share, seed=0)
+    table = HeadTable.random(case.layers, case.kv_heads, share, seed=0).sparse
     assert int(table.sum()) * 10 == round(share * 10) * heads
 
 
@@ -121,8 +121,7 @@ def test_a_selected_head_reads_the_blocks_on_one_topic(topics):
     plant_topics(model, topics)
     prompt = topic_prompt(1024, block_size=32, topics=topics, vocabulary=300)
     selector = Seen()
-    config = ElasticConfig("xa-ssa", sink=32, local=64, block_size=32, selector=selector)
-    elasticize(model, config, policies=[ec.AllRetrieval() for _ in range(2)])
+    elasticize(model, ec.Elastic(ec.AllRetrieval(), selector, ec.Streaming(32, 64)))
     with torch.no_grad():
         model(prompt)
     topic = prompt[0, ::32] % topics
@@ -156,7 +155,7 @@ def test_the_density_is_what_the_topics_say(work):
 class Careless(SerialAttention):
     """A hundred times too much: layers as small as here hardly change what they are given."""
 
-    def attend(self, q, k, v, plan, *, layout=None, scale=None):
+    def attend(self, q, k, v, plan, *, layout, scale):
         return 100 * super().attend(q, k, v, plan, layout=layout, scale=scale)
 
 

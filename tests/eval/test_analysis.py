@@ -18,7 +18,6 @@ from transformers import (
 )
 
 import elasticore as ec
-from elasticore.assets import tiny
 from elasticore.eval.analysis import (
     ALL_TASKS,
     Activations,
@@ -166,10 +165,10 @@ def test_answers_live_in_the_heads_that_score_high(shipped):
     samples = [make_sample("needle", tokenizer, 384, seed) for seed in range(4)]
     samples.append(make_sample("code", tokenizer, 384, 0))
     scores = retrieval_scores(model, samples[:4]).kv_heads
-    config = ec.ElasticConfig(sink=32, local=32, block_size=32)
+    way = ec.Elastic(sparse=ec.Streaming(sink=32, local=32))
     said: list[str] = []
     steps = progressive_sparsification(
-        model, samples, scores, ratios=[0.75, 1], config=config, batch_size=4, step=said.append
+        model, samples, scores, ratios=[0.75, 1], way=way, batch_size=4, step=said.append
     )
     assert not is_elastic(model)
     assert [(s.msr, s.sparse_heads, s.task) for s in steps] == [
@@ -182,7 +181,7 @@ def test_answers_live_in_the_heads_that_score_high(shipped):
     assert needle[0].retention == needle[0.75].retention == 100
     assert needle[1].retention < 50
     assert said[1] == "Ω_MSR = 0.75: 24 of 32 heads sparse"
-    wrong = progressive_sparsification(model, samples[:4], -scores, ratios=[0.75], config=config)
+    wrong = progressive_sparsification(model, samples[:4], -scores, ratios=[0.75], way=way)
     assert wrong[-1].score < 0.5
 
 
@@ -242,7 +241,7 @@ def test_activations_are_what_the_router_decides_by(shipped):
     samples = [make_sample("needle", tokenizer, 300, 0), make_sample("code", tokenizer, 300, 0)]
     samples.append(make_ruler_sample("niah_single_2", tokenizer, 400, 0))
     samples.append(make_sample("code", tokenizer, 310, 1))
-    ec.load_router(model, tiny() / "router")
+    ec.elasticize(model, "tiny")
     try:
         found = router_activations(model, samples, layer=4)
         router = routers(model)[4]
@@ -262,9 +261,9 @@ def test_activations_are_what_the_router_decides_by(shipped):
             router_activations(model, samples, layer=8)
     finally:
         ec.restore(model)
-    ec.elasticize(model, policies=[ec.AllSparse() for _ in range(8)])
+    ec.elasticize(model, ec.Elastic(ec.HeadTable(torch.ones(8, 4, dtype=torch.bool))))
     try:
-        with pytest.raises(TypeError, match="got a AllSparse"):
+        with pytest.raises(TypeError, match="got a FixedPolicy"):
             router_activations(model, samples)
     finally:
         ec.restore(model)

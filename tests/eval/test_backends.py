@@ -12,7 +12,7 @@ pytest.importorskip("lm_eval", reason="pip install 'elasticore[eval]'")
 from lm_eval.api.instance import Instance
 
 import elasticore
-from elasticore.backends.registry import use_backend
+from elasticore.choice import use_backend
 from elasticore.eval.journal import Journal
 from elasticore.eval.language_model import ElasticLM
 from elasticore.eval.methods import Method
@@ -51,7 +51,7 @@ def test_the_backend_changes_no_answer(tmp_path: Path) -> None:
     "method", ["router:path=tiny", "streaming:sink=64,local=256,block_size=64"]
 )
 def test_no_backend_changes_an_answer_on_a_gpu(backend: str, method: str, tmp_path: Path) -> None:
-    if not {found.name: found.available for found in elasticore.backends()}[backend]:
+    if not {found.name: found.available for found in elasticore.list_backends()}[backend]:
         pytest.skip(f"{backend} is not available here")
     expected = answers_with("serial", method, tmp_path, (3000, 4000))
     try:

@@ -16,6 +16,7 @@ from huggingface_hub import constants
 from lm_eval.api.instance import Instance
 from typer.testing import CliRunner
 
+import elasticore as ec
 from elasticore.assets import tiny
 from elasticore.cli import app, console
 from elasticore.eval.evaluate import Evaluation, evaluate
@@ -24,7 +25,7 @@ from elasticore.eval.language_model import ElasticLM
 from elasticore.eval.methods import Method
 from elasticore.eval.report import read_report
 from elasticore.eval.suites import load_suites
-from elasticore.models.elastic import is_elastic, routers
+from elasticore.models.elastic import is_elastic, routers, way_of
 from elasticore.models.loading import load_backbone
 from elasticore.router import write_duo, write_prulong
 
@@ -173,8 +174,8 @@ def test_an_evaluation_and_its_report(tmp_path: Path) -> None:
         (["--lengths", "64k"], "exceed the 4096 positions of tiny"),
         (["--lengths", "100"], "lengths [100] are too short for the basic tasks"),
         (["--lengths", "long"], "lengths must be a count such as 8192, 8k or 700m, got 'long'"),
-        (["--method", "mamba"], "selector 'mamba' is unknown"),
-        (["--method", "streaming:treshold=1"], "method streaming has no settings treshold"),
+        (["--method", "mamba"], "pattern 'mamba' is unknown"),
+        (["--method", "streaming:treshold=1"], "pattern 'streaming' does not take these settings"),
         (["--method", "full", "--method", "router"], "method router needs path=DIRECTORY"),
         (["--method", "pattern"], "method pattern needs path=FILE.tsv or DIRECTORY"),
         (["--method", "pattern:path=nowhere"], "nowhere is neither a file nor a directory"),
@@ -218,8 +219,8 @@ def test_methods_are_read(text: str, kind: str, settings: dict[str, Any]) -> Non
 def test_a_selectors_own_settings_are_its_own(loaded: tuple[Any, Any]) -> None:
     model, _ = loaded
     with Method.parse("trianglemix:sink=64,local=256,last=64,block_size=64,from_layer=6").on(model):
-        config = model._elasticore.config
-        assert (config.selector.sink, config.selector.local, config.block_size) == (64, 256, 64)
+        way = way_of(model)
+        assert (way.sparse, way.block_size) == (ec.TriangleMix(64, 256, last=64), 64)
         sparse = [int(policy.decisions.sum()) for policy in routers(model)]
         assert sparse == [0] * 6 + [4] * 2
 
@@ -250,7 +251,7 @@ def test_a_published_pattern_is_a_method(loaded: tuple[Any, Any], tmp_path: Path
 
     def sparse(text: str) -> list[list[int]]:
         with Method.parse(text).on(model):
-            assert model._elasticore.config.local in (64, 256, 1024)
+            assert way_of(model).sparse in map(ec.Streaming, (32, 64, 128), (64, 256, 1024))
             return [policy.decisions.tolist() for policy in routers(model)]
 
     assert sparse(f"pattern:path={folder},sparsity=0.25") == (scores < 0.25).int().tolist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from elasticore.models.elastic import is_elastic
 from elasticore.testing.problems import ScatteredBlocks
 
 LAYERS, HEADS, KV_HEADS, DIM, TOKENS, BLOCK = 2, 4, 2, 8, 90, 16
-STREAMING = ec.ElasticConfig("fa-ssa", sink=16, local=32, block_size=BLOCK)
-SELECTED = ec.ElasticConfig("fa-xa", selector=ScatteredBlocks(0.4), block_size=BLOCK)
+STREAMING = ec.Elastic(sparse=ec.Streaming(16, 32), block_size=BLOCK)
+SELECTED = ec.Elastic(sparse=ScatteredBlocks(0.4), block_size=BLOCK)
 
 
 def model() -> Any:
@@ -51,24 +52,24 @@ def sample(length: int = TOKENS, task: str = "made", seed: int = 0) -> Sample:
     return Sample(task, ids, length, length + 1, "", True)
 
 
-def mask(config: ec.ElasticConfig) -> Tensor:
+def mask(way: ec.Elastic) -> Tensor:
     """The sparse mode's dense mask, bool [heads, T, T]."""
     token = torch.arange(TOKENS)
     row, key = token[:, None] // BLOCK, token // BLOCK
-    if config.sparse is ec.HeadMode.STREAMING:
+    if isinstance(way.sparse, ec.Streaming):
         read = ((key < 1) | (key > row - 2)).expand(HEADS, -1, -1)
     else:
-        assert config.selector is not None
+        assert isinstance(way.sparse, ec.BlockSelector)
         q = torch.zeros(1, HEADS, TOKENS, DIM)
         segments = ec.SequenceLayout.dense().segments(1, TOKENS, TOKENS, q.device)
-        lists = config.selector.select(q, q, segments, block_size=BLOCK, scale=1)
+        lists = way.sparse.select(q, q, segments, block_size=BLOCK, scale=1)
         blocks = lists.to_mask(-(-TOKENS // BLOCK))[0]
         read = blocks[:, token // BLOCK][..., token // BLOCK]
     return read & (token <= token[:, None])
 
 
-@pytest.mark.parametrize("config", [STREAMING, SELECTED], ids=["streaming", "selected"])
-def test_mass_and_error_are_those_of_dense_masks(config: ec.ElasticConfig) -> None:
+@pytest.mark.parametrize("way", [STREAMING, SELECTED], ids=["streaming", "selected"])
+def test_mass_and_error_are_those_of_dense_masks(way: ec.Elastic) -> None:
     made, one = model(), sample()
     values: list[Tensor] = []
     for layer in made.model.layers:
@@ -76,11 +77,11 @@ def test_mass_and_error_are_those_of_dense_masks(config: ec.ElasticConfig) -> No
     with torch.no_grad():
         prompt = torch.from_numpy(one.input_ids[None, : one.start])
         attentions = made(prompt, output_attentions=True).attentions
-    found = head_fidelity(made, [one], config, rows=TOKENS)
+    found = head_fidelity(made, [one], way, rows=TOKENS)
     assert [(f.layer, f.head, f.kv_head) for f in found] == [
         (layer, head, head // 2) for layer in range(LAYERS) for head in range(HEADS)
     ]
-    read = mask(config)
+    read = mask(way)
     # The pass is the model's own, in float64; rows are computed in float32. A probability is off
     # by what its score is off: a sum of DIM + 3 roundings, where |q·k| is some 30 at most, and by
     # the roundings of a softmax. Outputs are sums of TOKENS such, twice, and are no smaller than
@@ -106,15 +107,15 @@ def test_mass_and_error_are_those_of_dense_masks(config: ec.ElasticConfig) -> No
 
 
 @pytest.mark.parametrize(
-    "config",
+    "way",
     [
-        ec.ElasticConfig("fa-ssa", sink=16, local=96, block_size=BLOCK),
-        ec.ElasticConfig("fa-xa", selector=ScatteredBlocks(1.0), block_size=BLOCK),
+        ec.Elastic(sparse=ec.Streaming(16, 96), block_size=BLOCK),
+        ec.Elastic(sparse=ScatteredBlocks(1.0), block_size=BLOCK),
     ],
     ids=["streaming", "selected"],
 )
-def test_a_mode_that_reads_everything_loses_exactly_nothing(config: ec.ElasticConfig) -> None:
-    for f in head_fidelity(model(), [sample(), sample(50, seed=1)], config):
+def test_a_mode_that_reads_everything_loses_exactly_nothing(way: ec.Elastic) -> None:
+    for f in head_fidelity(model(), [sample(), sample(50, seed=1)], way):
         assert (f.kept_mass, f.output_error) == (1.0, 0.0)
 
 
@@ -122,14 +123,14 @@ def test_the_routers_choice_stands_beside_and_acts_on_later_layers() -> None:
     made, one = model(), sample()
     plain = head_fidelity(made, [one], STREAMING, rows=TOKENS)
     table = [[1, 0], [0, 1]]
-    ec.elasticize(made, STREAMING, policies=ec.fixed_policies(table))
+    ec.elasticize(made, replace(STREAMING, policy=ec.HeadTable(table)))
     routed = head_fidelity(made, [one], rows=TOKENS)
     assert [f.sparse for f in routed] == [1, 1, 0, 0, 0, 0, 1, 1]
     pairs = list(zip(plain, routed, strict=True))
     assert all(a.kept_mass == b.kept_mass for a, b in pairs[:HEADS])  # the first layer's input
     assert all(a.kept_mass != b.kept_mass for a, b in pairs[HEADS:])
     assert is_elastic(made)
-    with pytest.raises(ValueError, match="config must be None for an elastic model"):
+    with pytest.raises(ValueError, match="way must be None for an elastic model"):
         head_fidelity(made, [one], STREAMING)
 
 
@@ -166,7 +167,7 @@ def test_rows_are_drawn_by_the_seed_and_tasks_kept_apart() -> None:
 
 
 def test_the_backend_stays_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, known = model(), [info.name for info in ec.backends()]
+    made, known = model(), [info.name for info in ec.list_backends()]
     calls = []
     attend = SerialAttention.attend
     monkeypatch.setattr(
@@ -180,7 +181,7 @@ def test_the_backend_stays_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     with ec.use_backend("serial"), pytest.raises(UnsupportedRequest, match="not today"):
         head_fidelity(made, [sample()], STREAMING)
     assert ec.current_backend() == "auto"
-    assert [info.name for info in ec.backends()] == known
+    assert [info.name for info in ec.list_backends()] == known
     assert not is_elastic(made)
 
 

@@ -48,7 +48,7 @@ def test_correct_is_what_greedy_decoding_writes(model: LlamaForCausalLM) -> None
 
 def test_batches_and_order_change_nothing(model: LlamaForCausalLM) -> None:
     samples = [sample(model, seed, seed % 2 == 0, 80 + seed % 3) for seed in range(7)]
-    ec.elasticize(model, ec.ElasticConfig(sink=16, local=16, block_size=16, boundary=20))
+    ec.elasticize(model, ec.Elastic(ec.Router(boundary=20), sparse=ec.Streaming(16, 16)))
     alone = [score(model, [one])[0] for one in samples]
     together = score(model, samples, batch_size=4)
     for a, b in zip(alone, together, strict=True):
@@ -68,9 +68,15 @@ def test_loss_is_the_cross_entropy_of_the_answer(model: LlamaForCausalLM) -> Non
 
 def test_routing_does_not_depend_on_the_answer(model: LlamaForCausalLM) -> None:
     right, wrong = sample(model, 5, True), sample(model, 5, False)
-    ec.elasticize(model, ec.ElasticConfig(sink=16, local=16, block_size=16, boundary=4))
-    a, b = score(model, [right, wrong], batch_size=1)
+    ec.elasticize(model, ec.Elastic(ec.Router(boundary=4), sparse=ec.Streaming(16, 16)))
+    with ec.record() as trace:
+        a, b = score(model, [right, wrong], batch_size=1)
     assert a.msr == b.msr
+    # The prompt's pass decides, the answer's goes on with that.
+    assert [one.decided for one in trace.passes] == [True, False] * 2
+    length = right.stop - right.start
+    assert [one.queries.item() for one in trace.passes] == [right.start, length - 1] * 2
+    assert torch.equal(trace.passes[1].decisions, trace.passes[0].decisions)
 
 
 def test_an_answer_of_one_token(model: LlamaForCausalLM) -> None:

@@ -30,8 +30,9 @@ def test_any_number_of_kv_heads(family: str, kv_heads: int) -> None:
     model, prompt = tiny(family, num_key_value_heads=kv_heads), tokens(2, 60)
     expected = model(prompt).logits
     elastic(model, AllRetrieval)
-    assert torch.equal(model(prompt).logits, expected)
-    assert elasticore.routings(model)[0].decisions.shape == (2, kv_heads)
+    with elasticore.record() as trace:
+        assert torch.equal(model(prompt).logits, expected)
+    assert trace.decisions.shape[1:] == (2, kv_heads)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "mistral"])
@@ -46,7 +47,7 @@ def test_all_heads_streaming_is_another_model_only_beyond_the_window(family: str
     model, prompt = tiny(family), tokens(2, 100)
     expected = model(prompt).logits
     logits = elastic(model, AllSparse)(prompt).logits
-    reach = SETTINGS.sink + SETTINGS.local
+    reach = 48  # sink and window
     torch.testing.assert_close(logits[:, :reach], expected[:, :reach], **CLOSE)
     assert (logits[:, reach:] - expected[:, reach:]).abs().amax(-1).min() > 1e-3
 
@@ -255,7 +256,7 @@ def test_local_layers_are_counted_apart(family: str, settings: dict[str, Any]) -
     assert trace.prefill.local_layers == 1
     assert trace.decisions.shape == (2, 2, 2)
     assert trace.msr.tolist() == [1.0, 1.0]
-    assert len(elasticore.routers(model)) == len(elasticore.routings(model)) == 2
+    assert len(elasticore.routers(model)) == 2
     routed = {name.split(".")[2] for name, _ in model.named_modules() if "attention_router" in name}
     assert routed == {"0", "2"}
 

@@ -15,68 +15,130 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import elasticore
-from elasticore import AllSparse, ElasticConfig, RouterMismatch, UnsupportedModel
+from elasticore import (
+    AllRetrieval,
+    AllSparse,
+    Elastic,
+    HeadTable,
+    Policy,
+    Router,
+    RouterMismatch,
+    UnsupportedModel,
+    XAttention,
+)
 
-from .tiny import FAMILIES, HALF, SETTINGS, elastic, spread, tiny, tokens
+from .tiny import FAMILIES, HALF, SETTINGS, elastic, routings, small, spread, tiny, tokens
 
 WEIGHTS, JSON = "router.safetensors", "router.json"
 PROMPT = tokens(2, 60)
 
 
-def trained(family: str = "llama", config: ElasticConfig = SETTINGS, **settings: Any) -> Any:
-    return spread(elasticore.elasticize(tiny(family, **settings), config))
+def trained(family: str = "llama", way: Elastic = SETTINGS, **settings: Any) -> Any:
+    return spread(elasticore.elasticize(tiny(family, **settings), way))
 
 
 def logits_of(model: Any) -> Tensor:
     """What the routers of all layers say, ``[layers, sequences, kv_heads, 2]``."""
-    model(PROMPT)
-    return torch.stack([routing.logits for routing in elasticore.routings(model)])
+    return torch.stack([routing.logits for routing in routings(model, PROMPT)])
+
+
+def saved(model: Any, path: Path) -> Path:
+    return elasticore.way_of(model).save(path)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return elasticore.save_router(trained(), tmp_path / "router")
+    return saved(trained(), tmp_path / "router")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_round_trip_is_bit_identical(family: str, tmp_path: Path) -> None:
-    config = ElasticConfig(
-        mode="fa-xa", sink=16, local=32, block_size=16, selector=HALF, boundary=7, decode="full"
-    )
-    model = trained(family, config)
+    way = small("fa-xa", HALF, policy=Router(boundary=7), decode="full", turn="keep")
+    model = trained(family, way)
     expected = logits_of(model)
-    path = elasticore.save_router(model, tmp_path / "deep" / "router")
+    path = saved(model, tmp_path / "deep" / "router")
     assert sorted(file.name for file in path.iterdir()) == [JSON, WEIGHTS]
-    loaded = elasticore.load_router(tiny(family), path)
+    loaded = elasticore.elasticize(tiny(family), path)
     assert torch.equal(logits_of(loaded), expected)
-    again = elasticore.elasticize(tiny(family), str(path))  # the other way to say the same
+    again = elasticore.elasticize(tiny(family), Elastic.load(str(path)))
     assert torch.equal(logits_of(again), expected)
     assert torch.equal(again(PROMPT).logits, model(PROMPT).logits)
-    elasticore.save_router(loaded, tmp_path / "again")
+    saved(loaded, tmp_path / "again")
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (path / WEIGHTS).read_bytes()
     assert (tmp_path / "again" / JSON).read_text() == (path / JSON).read_text()
 
 
 def test_saving_again_replaces_the_files(folder: Path) -> None:
     other = spread(elasticore.elasticize(tiny(), SETTINGS), seed=5)
-    elasticore.save_router(other, folder)
-    assert torch.equal(logits_of(elasticore.load_router(tiny(), folder)), logits_of(other))
+    saved(other, folder)
+    assert torch.equal(logits_of(elasticore.elasticize(tiny(), folder)), logits_of(other))
     assert sorted(file.name for file in folder.iterdir()) == [JSON, WEIGHTS]
 
 
-def test_loading_into_an_elastic_model_replaces_its_routers(folder: Path) -> None:
-    model = elastic(tiny(), AllSparse)
-    elasticore.load_router(model, folder)
-    assert torch.equal(logits_of(model), logits_of(elasticore.load_router(tiny(), folder)))
-    assert elasticore.restore(model)(PROMPT).logits.equal(tiny()(PROMPT).logits)
+@pytest.mark.parametrize(
+    "policy", [AllSparse(), AllRetrieval(), HeadTable([[1, 0], [0, 0], [1, 1]]), Router(boundary=9)]
+)
+@pytest.mark.parametrize("mode", ["fa-ssa", "fa-xa", "xa-ssa"])
+def test_every_way_survives_a_file(policy: Policy, mode: str, tmp_path: Path) -> None:
+    way = small(mode, HALF, policy=policy)
+    loaded = Elastic.load(way.save(tmp_path))
+    assert loaded.to_dict() == way.to_dict() and loaded.base is None
+    expected = routings(elasticore.elasticize(tiny(), way), PROMPT)
+    if isinstance(policy, Router):  # not trained: new weights at every start
+        return
+    for one, two in zip(
+        expected, routings(elasticore.elasticize(tiny(), loaded), PROMPT), strict=True
+    ):
+        assert torch.equal(one.decisions, two.decisions)
 
 
-def test_policies_have_nothing_to_save(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="policy AllSparse; only AttentionRouters"):
-        elasticore.save_router(elastic(tiny(), AllSparse), tmp_path / "router")
+def test_modules_of_ones_own_cannot_be_saved(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"modules of its own.*ByContent"):
+        saved(elastic(tiny()), tmp_path / "router")
     with pytest.raises(ValueError, match="not elastic"):
-        elasticore.save_router(tiny(), tmp_path / "router")
+        saved(tiny(), tmp_path / "router")
     assert not (tmp_path / "router").exists()
+
+
+@pytest.mark.parametrize("mode", ["fa-ssa", "fa-xa", "xa-ssa"])
+def test_files_of_format_1_are_read(mode: str, tmp_path: Path) -> None:
+    way = small(mode, HALF, policy=Router(boundary=9), decode="full")
+    model = trained(way=way)
+    path = saved(model, tmp_path)
+    config: dict[str, Any] = {
+        "mode": mode,
+        "sink": 16,
+        "local": 32,
+        "block_size": 16,
+        "selector": None if mode == "fa-ssa" else {"name": "xattention", "threshold": 0.5},
+        "boundary": 9,
+        "hidden_multiplier": 4,
+        "sampler": "gumbel-softmax",
+        "decode": "full",
+    }
+    old = {"format": 1, "elasticore": "0.1.0", "config": config}
+    old["base_model"] = json.loads((path / JSON).read_text())["base_model"]
+    (path / JSON).write_text(json.dumps(old))
+    loaded = Elastic.load(path)
+    assert loaded.to_dict() == way.to_dict()
+    assert torch.equal(logits_of(elasticore.elasticize(tiny(), loaded)), logits_of(model))
+
+
+def test_head_tables_of_format_1_are_read(tmp_path: Path) -> None:
+    table = HeadTable([[1, 0], [0, 0], [1, 1]])
+    path = small(policy=table).save(tmp_path)
+    old = {"format": 1, "config": {"sink": 16, "local": 32, "block_size": 16}}
+    old["base_model"] = elasticore.fingerprint(tiny())
+    (path / JSON).write_text(json.dumps(old))
+    policy = Elastic.load(path).policy
+    assert isinstance(policy, HeadTable) and torch.equal(policy.sparse, table.sparse)
+
+
+def test_the_ways_that_have_names() -> None:
+    assert Elastic.load("fa-ssa").to_dict() == Elastic().to_dict()
+    assert isinstance(Elastic.load("xa-ssa").retrieval, XAttention)
+    shipped = Elastic.load("tiny")
+    assert shipped.base is not None and shipped.base["family"] == "qwen3"
 
 
 # The model that routers belong to.
@@ -112,33 +174,33 @@ def test_routers_of_another_model_are_refused(folder: Path, difference: str) -> 
     make, error, message = OTHER_MODELS[difference]
     model = make()
     with pytest.raises(error, match=message):
-        elasticore.load_router(model, folder)
+        elasticore.elasticize(model, folder)
     assert not elasticore.is_elastic(model)
 
 
 def test_what_cannot_be_elastic_cannot_load(folder: Path) -> None:
     with pytest.raises(TypeError, match="PreTrainedModel"):
-        elasticore.load_router(torch.nn.Linear(2, 2), folder)
+        elasticore.elasticize(torch.nn.Linear(2, 2), folder)
     local = tiny("mistral", sliding_window=16)
     settings = json.loads((folder / JSON).read_text())
     settings["base_model"]["family"] = "mistral"
     (folder / JSON).write_text(json.dumps(settings))
     with pytest.raises(UnsupportedModel, match="sliding window"):
-        elasticore.load_router(local, folder, check_base=False)
+        elasticore.elasticize(local, folder, check_base=False)
 
 
 def test_check_base_can_be_waived_for_weights_but_not_for_sizes(folder: Path) -> None:
-    model = elasticore.load_router(tiny(seed=1), folder, check_base=False)
+    model = elasticore.elasticize(tiny(seed=1), folder, check_base=False)
     expected = load_file(folder / WEIGHTS)["layers.0.task_mlp.0.weight"]
     assert torch.equal(elasticore.routers(model)[0].task_mlp[0].weight, expected)
     with pytest.raises(RouterMismatch, match="kv_heads"):
-        elasticore.load_router(tiny(num_key_value_heads=4), folder, check_base=False)
+        elasticore.elasticize(tiny(num_key_value_heads=4), folder, check_base=False)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_same_weights_in_bfloat16_are_the_same_model(family: str, tmp_path: Path) -> None:
-    elasticore.save_router(trained(family), tmp_path)
-    model = elasticore.load_router(tiny(family).bfloat16(), tmp_path)
+    saved(trained(family), tmp_path)
+    model = elasticore.elasticize(tiny(family).bfloat16(), tmp_path)
     assert elasticore.routers(model)[0].task_mlp[0].weight.dtype == torch.float32
     assert elasticore.fingerprint(model) == elasticore.fingerprint(tiny(family))
 
@@ -205,7 +267,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "weights: one missing": (
         retensor(lambda tensors: tensors.pop(WEIGHT)),
         ValueError,
-        r"does not fit its own settings.*task_mlp.0.weight",
+        r"do not fit its own settings.*task_mlp.0.weight",
     ),
     "weights: a layer missing": (
         retensor(lambda t: [t.pop(name) for name in list(t) if name.startswith("layers.2.")]),
@@ -220,20 +282,20 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "weights: one too many in a layer": (
         retensor(lambda tensors: tensors.update({"layers.0.extra": torch.ones(1)})),
         ValueError,
-        "does not fit its own settings.*extra",
+        "do not fit its own settings.*extra",
     ),
     "weights: another shape": (
         retensor(lambda tensors: tensors.update({WEIGHT: torch.ones(3, 3)})),
         ValueError,
-        "does not fit its own settings.*size mismatch",
+        "do not fit its own settings.*size mismatch",
     ),
     "settings: no JSON": (write(JSON, b"{"), ValueError, "router.json is no router file"),
     "settings: no text": (write(JSON, b"\xff\xfe"), ValueError, "router.json is no router file"),
     "settings: a list": (write(JSON, b"[]"), ValueError, "router.json is no router file"),
-    "settings: no config": (
-        edit(lambda settings: settings.pop("config")),
+    "settings: no way": (
+        edit(lambda settings: settings.pop("way")),
         ValueError,
-        "'config' is missing",
+        "'way' is missing",
     ),
     "settings: no base model": (
         edit(lambda settings: settings.update(base_model="llama")),
@@ -242,60 +304,52 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     ),
     "settings: newer": (
         # A newer format may know settings that this version does not: the format is the reason.
-        edit(lambda s: (s.update(format=2), s["config"].update(wings=2))),
+        edit(lambda s: (s.update(format=3), s["way"].update(wings=2))),
         ValueError,
-        "format 2, but this elasticore reads 1; update",
+        "format 3, but this elasticore reads 2; update",
     ),
     "settings: unknown": (
-        edit(lambda settings: settings["config"].update(wings=2)),
+        edit(lambda settings: settings["way"].update(wings=2)),
         ValueError,
         "unknown settings wings",
     ),
     "settings: wrong value": (
-        edit(lambda settings: settings["config"].update(sink=3)),
+        edit(lambda settings: settings["way"]["sparse"].update(sink=3)),
         ValueError,
         "sink=3 is no multiple",
     ),
     "settings: wrong type": (
-        edit(lambda settings: settings["config"].update(boundary="all")),
+        edit(lambda settings: settings["way"]["policy"].update(boundary="all")),
         ValueError,
         "boundary must be an int or None",
     ),
-    "settings: unknown selector": (
-        edit(lambda settings: settings["config"].update(selector={"name": "os.system"})),
+    "settings: unknown pattern": (
+        edit(lambda settings: settings["way"].update(sparse={"name": "os.system"})),
         ValueError,
-        "selector 'os.system' is unknown",
+        "pattern 'os.system' is unknown",
     ),
     "settings: other sizes": (
-        edit(lambda settings: settings["config"].update(hidden_multiplier=2)),
+        edit(lambda settings: settings["way"]["policy"].update(hidden_multiplier=2)),
         ValueError,
-        "does not fit its own settings",
+        "do not fit its own settings",
     ),
 }
 
 
-@pytest.mark.parametrize("was_elastic", [False, True])
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_files_leave_the_model_as_it_was(
-    folder: Path, damage: str, was_elastic: bool
-) -> None:
+def test_damaged_files_leave_the_model_as_it_was(folder: Path, damage: str) -> None:
     model = tiny()
-    if was_elastic:
-        spread(elasticore.elasticize(model, SETTINGS), seed=3)
-    routers = elasticore.routers(model) if was_elastic else []
     state = {name: value.clone() for name, value in model.state_dict().items()}
     expected = model(PROMPT).logits
     harm, error, message = DAMAGE[damage]
     harm(folder)
     with pytest.raises(error, match=f"(?s){message}") as raised:
-        elasticore.load_router(model, folder)
+        elasticore.elasticize(model, folder)
     assert str(folder) in str(raised.value)
-    assert elasticore.is_elastic(model) == was_elastic
+    assert not elasticore.is_elastic(model)
     assert all(map(torch.equal, model.state_dict().values(), state.values()))
     assert list(model.state_dict()) == list(state)
     assert torch.equal(model(PROMPT).logits, expected)
-    if was_elastic:
-        assert elasticore.routers(model) == routers
 
 
 def test_other_files_in_the_folder_are_never_read(folder: Path) -> None:
@@ -308,11 +362,11 @@ def test_other_files_in_the_folder_are_never_read(folder: Path) -> None:
     code = f"import pathlib; pathlib.Path({str(folder / 'exploded')!r}).touch()"
     for name in ("router.py", "modeling_elasticore.py", "__init__.py"):
         (folder / name).write_text(code)
-    elasticore.load_router(tiny(), folder)
+    elasticore.elasticize(tiny(), folder)
     assert not (folder / "exploded").exists()
     (folder / WEIGHTS).unlink()
     with pytest.raises(FileNotFoundError, match=r"has no router\.safetensors"):
-        elasticore.load_router(tiny(), folder)
+        elasticore.elasticize(tiny(), folder)
     assert not (folder / "exploded").exists()
 
 
@@ -329,7 +383,7 @@ def test_a_hub_id_downloads_the_two_files_only(
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    model = elasticore.load_router(tiny(), "someone/router", revision="v1")
+    model = elasticore.elasticize(tiny(), Elastic.load("someone/router", revision="v1"))
     assert elasticore.is_elastic(model)
     elasticore.elasticize(tiny(), "someone/router")
     wanted = {"allow_patterns": [WEIGHTS, JSON]}
@@ -344,7 +398,7 @@ def test_a_hub_repository_without_routers_is_refused(
 ) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"someone/else has no router\.safetensors"):
-        elasticore.load_router(tiny(), "someone/else")
+        elasticore.elasticize(tiny(), "someone/else")
 
 
 def test_a_hub_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,7 +407,7 @@ def test_a_hub_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     with pytest.raises(FileNotFoundError, match=r"a/b is no directory.*hub.*no network"):
-        elasticore.load_router(tiny(), "a/b")
+        elasticore.elasticize(tiny(), "a/b")
 
 
 def test_pushing_uploads_the_two_files_only(
@@ -370,7 +424,7 @@ def test_pushing_uploads_the_two_files_only(
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     (tmp_path / "secret.txt").write_text("mine")
-    elasticore.save_router(trained(), tmp_path, push_to_hub="me/router")
+    elasticore.way_of(trained()).save(tmp_path, push_to_hub="me/router")
     assert calls == [
         ("create", "me/router", True, True),
         ("upload", WEIGHTS, WEIGHTS, "me/router"),
@@ -385,8 +439,8 @@ def test_no_code_of_others_is_ever_trusted() -> None:
 
 def test_settings_and_fingerprint_are_readable_json(folder: Path) -> None:
     settings = json.loads((folder / JSON).read_text())
-    assert settings["format"] == 1 and settings["elasticore"] == elasticore.__version__
-    assert ElasticConfig.from_dict(settings["config"]) == SETTINGS
+    assert settings["format"] == 2 and settings["elasticore"] == elasticore.__version__
+    assert Elastic.from_dict(settings["way"]).to_dict() == SETTINGS.to_dict()
     weights = settings["base_model"].pop("weights")
     assert len(weights) == 32 and int(weights, 16) >= 0
     assert settings["base_model"] == {

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 import elasticore
-from elasticore import AllRetrieval, AllSparse, ElasticConfig, ElasticoreError, HeadMode
+from elasticore import AllRetrieval, AllSparse, ElasticoreError, HeadMode
 
 from .tiny import (
     CLOSE,
@@ -23,6 +23,7 @@ from .tiny import (
     cached,
     elastic,
     first_head_sparse,
+    small,
     tiny,
     tokens,
 )
@@ -91,7 +92,7 @@ def test_every_greedy_strategy_writes_the_same_text(strategy: str) -> None:
 @pytest.mark.parametrize("chunk", [16, 32, 64])
 @pytest.mark.parametrize("mode", ["fa-xa", "xa-ssa"])
 def test_selected_heads_choose_the_same_blocks_in_chunks(mode: str, chunk: int) -> None:
-    config = ElasticConfig(mode=mode, sink=16, local=32, block_size=16, selector=HALF)
+    config = small(mode, selector=HALF)
     model, prompt = elastic(tiny(), first_head_sparse, config), tokens(1, 128)
     with elasticore.record() as trace:
         whole = model(prompt).logits
@@ -103,8 +104,8 @@ def test_selected_heads_choose_the_same_blocks_in_chunks(mode: str, chunk: int) 
 
 @pytest.mark.parametrize("mode", ["fa-xa", "xa-ssa"])
 def test_a_static_cache_selects_what_a_dynamic_one_does(mode: str) -> None:
-    config = ElasticConfig(mode=mode, sink=16, local=32, block_size=16, selector=HALF)
-    model, prompt = elastic(tiny(), config=config), tokens(2, 70)
+    config = small(mode, selector=HALF)
+    model, prompt = elastic(tiny(), way=config), tokens(2, 70)
     with elasticore.record() as dynamic:
         expected = generate(model, prompt)
     with elasticore.record() as static:
@@ -146,13 +147,13 @@ def test_a_batch_writes_what_its_rows_write_alone(settings: dict[str, Any]) -> N
 # The routing of a prompt holds for its whole generation.
 
 
-@pytest.mark.parametrize("strategy", ["greedy", "static cache", "prefill in chunks", "beams"])
+@pytest.mark.parametrize("strategy", ["greedy", "static cache", "beams"])
 def test_routing_is_decided_once(strategy: str) -> None:
     model, prompt = elastic(tiny()), tokens(2, 70)
     with elasticore.record() as trace:
         generate(model, prompt, **{**GREEDY, **OTHERS}[strategy])
     first = trace.passes[0]
-    assert [one.prefill for one in trace.passes] == [True] + [False] * (len(trace.passes) - 1)
+    assert [one.decided for one in trace.passes] == [True] + [False] * (len(trace.passes) - 1)
     assert len(trace.passes) >= 12
     assert 0 < first.decisions.float().mean() < 1  # both kinds
     for later in trace.passes[1:]:
@@ -164,31 +165,11 @@ def test_without_a_cache_every_pass_is_a_prompt_of_its_own() -> None:
     model, prompt = elastic(tiny()), tokens(1, 70)
     with elasticore.record() as trace:
         written = generate(model, prompt, use_cache=False)
-    assert all(one.prefill for one in trace.passes)
+    assert all(one.decided for one in trace.passes)
     for index, one in enumerate(trace.passes):
         with elasticore.record() as alone:
             model(torch.cat([prompt, written[:, :index]], 1), use_cache=False)
         assert torch.equal(one.decisions, alone.decisions)
-
-
-def test_a_prompt_in_chunks_is_routed_by_its_first_chunk() -> None:
-    model, prompt = elastic(tiny()), tokens(1, 70)
-    with elasticore.record() as chunked:
-        generate(model, prompt, prefill_chunk_size=32)
-    with elasticore.record() as first:
-        model(prompt[:, :32])
-    assert torch.equal(chunked.decisions, first.decisions)
-
-
-@pytest.mark.parametrize("length", [5, 60])
-def test_a_further_turn_keeps_the_routing_of_the_first(length: int) -> None:
-    model, prompt = elastic(tiny(), first_head_sparse), tokens(1, 70)
-    said = model.generate(prompt, return_dict_in_generate=True, **SHORT)
-    more = torch.cat([said.sequences, tokens(1, length, 1)], 1)
-    with elasticore.record() as trace:
-        answer = model.generate(more, **cached(cache_of(said)), **SHORT)
-    assert not any(one.prefill for one in trace.passes)
-    assert torch.equal(answer, model.generate(more, **SHORT))
 
 
 def test_a_prefilled_cache_can_be_copied_and_continued() -> None:
@@ -227,7 +208,7 @@ def test_a_cache_that_was_reset_is_routed_anew(kind: str) -> None:
 
 
 def test_decode_full_reads_everything_after_the_prompt() -> None:
-    config = ElasticConfig(sink=16, local=32, block_size=16, decode="full")
+    config = small(decode="full")
     model, prompt = elastic(tiny(), AllSparse, config), tokens(2, 80)
     cache = cache_of(model(prompt))
     plain = copy.deepcopy(cache)
@@ -250,7 +231,7 @@ def test_all_steps_of_decoding_share_a_plan(monkeypatch: pytest.MonkeyPatch) -> 
         plans.append(plan)
         return elasticore.hybrid_head_attention(q, k, v, plan, **settings)
 
-    monkeypatch.setattr("elasticore.models.state.hybrid_head_attention", attend)
+    monkeypatch.setattr("elasticore.models.attached.hybrid_head_attention", attend)
     layers = model.config.num_hidden_layers
     one, other = (cache_of(model(tokens(1, 80, seed))) for seed in (1, 2))
     for cache in (one, one, other, one):
@@ -279,7 +260,7 @@ def test_streaming_heads_go_on_streaming() -> None:
 def test_selected_heads_run_full_until_there_is_a_block_to_score(
     length: int, decode: Any, mode: int
 ) -> None:
-    config = ElasticConfig(mode="fa-xa", sink=16, local=32, block_size=16, decode=decode)
+    config = small("fa-xa", decode=decode)
     model = elastic(tiny(), AllSparse, config)
     cache = cache_of(model(tokens(1, 80)))
     with elasticore.record() as trace:
@@ -301,7 +282,5 @@ def test_a_cache_from_before_is_refused() -> None:
 def test_a_cache_that_was_given_more_rows_is_refused() -> None:
     model = elastic(tiny(), ByContent, SETTINGS)
     cache = cache_of(model(tokens(1, 20)))
-    for layer in cache.layers:  # behind the cache's back
-        layer.batch_repeat_interleave(3)
     with pytest.raises(ElasticoreError, match="prefilled with 1 sequences but now serves 3"):
         model(tokens(3, 1), **cached(cache))

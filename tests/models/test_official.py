@@ -18,6 +18,7 @@ from .tiny import tiny, tokens
 
 PREFIX = "model.layers.{}.self_attn.mask_allocator."
 ARCHITECTURES = {"qwen3": "PawQwen3ForCausalLM", "llama": "PawLlamaForCausalLM"}
+STREAMING = elasticore.Streaming(128, 2048)
 SETTINGS = {
     "enable_ada_sparsity": True,
     "pooling_mode": "ctx_q",
@@ -116,8 +117,9 @@ def test_the_router_decides_as_the_official_one(
 ) -> None:
     tensors = official(tmp_path / "official", family, m=m, shards=shards, dtype=dtype)
     done = convert_official(tmp_path / "official", tmp_path / "router")
-    assert (done.layers, done.config.hidden_multiplier) == (3, m)
-    model = elasticore.load_router(tiny(family), done.path)  # insists on the backbone's weights
+    assert isinstance(done.way.policy, elasticore.Router)
+    assert (done.layers, done.way.policy.hidden_multiplier) == (3, m)
+    model = elasticore.elasticize(tiny(family), done.path)  # insists on the backbone's weights
     pooled = torch.randn(500, 16, generator=torch.Generator().manual_seed(2))
     for layer, router in enumerate(elasticore.routers(model)):
         theirs = official_logits(tensors, layer, pooled)
@@ -136,32 +138,35 @@ def test_the_model_routes_as_the_official_one_from_its_keys(tmp_path: Path) -> N
     backbone = tiny("qwen3")
     keys: list[Tensor] = []
     backbone.model.layers[0].self_attn.k_norm.register_forward_hook(lambda *a: keys.append(a[2]))
-    model = elasticore.load_router(backbone, done.path)
+    model = elasticore.elasticize(backbone, done.path)
+    one = elasticore.Pass()
     with torch.no_grad():
-        model(tokens(2, 300))
+        model(tokens(2, 300), elastic=one)
     # First and last 100 tokens of the keys after k_norm and before rotary embedding.
     pooled = torch.cat([keys[0][:, :100], keys[0][:, -100:]], 1).mean(1)
     theirs = official_logits(tensors, 0, pooled)
     sparse = (theirs[..., 0] >= theirs[..., 1]).to(torch.int8)
-    assert torch.equal(elasticore.routings(model)[0].decisions, sparse)
+    assert torch.equal(one.routings[0].decisions, sparse)
 
 
 @pytest.mark.parametrize(
-    ("modes", "mode", "threshold"),
+    ("modes", "patterns"),
     [
-        (("full", "streaming"), "fa-ssa", None),
-        (("full", "xattn"), "fa-xa", 0.9),
-        (("xattn", "streaming"), "xa-ssa", 0.9),
+        (("full", "streaming"), (elasticore.Full(), STREAMING)),
+        (("full", "xattn"), (elasticore.Full(), elasticore.XAttention(threshold=0.9))),
+        (("xattn", "streaming"), (elasticore.XAttention(threshold=0.9), STREAMING)),
     ],
 )
 def test_settings_are_taken_over(
-    modes: tuple[str, str], mode: str, threshold: float | None, tmp_path: Path
+    modes: tuple[str, str], patterns: tuple[Any, Any], tmp_path: Path
 ) -> None:
     official(tmp_path / "official", retrieval_mode=modes[0], toggle_type=modes[1])
-    config = convert_official(tmp_path / "official", tmp_path / "router").config
-    assert (config.mode, config.sink, config.local, config.block_size) == (mode, 128, 2048, 128)
-    assert (config.boundary, config.decode) == (100, "full")
-    assert getattr(config.selector, "threshold", None) == threshold
+    done = convert_official(tmp_path / "official", tmp_path / "router")
+    for way in (done.way, elasticore.Elastic.load(done.path)):
+        assert (way.retrieval, way.sparse) == patterns
+        assert (way.block_size, way.decode) == (128, "full")
+        assert isinstance(way.policy, elasticore.Router)
+        assert way.policy.boundary == 100
 
 
 def test_a_checkpoint_without_backbone_needs_the_model(tmp_path: Path) -> None:
@@ -171,7 +176,7 @@ def test_a_checkpoint_without_backbone_needs_the_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"family llama \(model: qwen3\)"):
         convert_official(tmp_path / "official", tmp_path / "router", model=tiny("qwen3"))
     done = convert_official(tmp_path / "official", tmp_path / "router", model=tiny("llama"))
-    elasticore.load_router(tiny("llama"), done.path)
+    elasticore.elasticize(tiny("llama"), done.path)
 
 
 def test_another_backbone_than_the_checkpoints_is_refused(tmp_path: Path) -> None:

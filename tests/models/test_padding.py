@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import elasticore
-from elasticore import AllSparse, ElasticConfig
+from elasticore import AllSparse
 
-from .tiny import CLOSE, FAMILIES, HALF, SETTINGS, cache_of, cached, elastic, tiny, tokens
+from .tiny import CLOSE, FAMILIES, HALF, SETTINGS, cache_of, cached, elastic, small, tiny, tokens
 
 LENGTHS = (100, 63, 17)
 
@@ -54,8 +54,8 @@ def test_padded_batch_is_its_single_runs(family: str, side: str) -> None:
 @pytest.mark.parametrize("mode", ["fa-xa", "xa-ssa"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_does_not_change_selected_blocks(mode: str, side: str) -> None:
-    config = ElasticConfig(mode=mode, sink=16, local=32, block_size=16, selector=HALF)
-    model, prompts = elastic(tiny(), config=config), prompts_of()
+    config = small(mode, selector=HALF)
+    model, prompts = elastic(tiny(), way=config), prompts_of()
     ids, mask = padded(prompts, side)
     with elasticore.record() as batch:
         logits = model(ids, attention_mask=mask).logits
@@ -117,19 +117,6 @@ def test_generate_on_a_left_padded_batch_is_the_single_generates(
 
 
 # Masks that are none of padding.
-
-
-def test_a_hole_between_valid_tokens_is_refused() -> None:
-    mask = torch.ones(2, 40, dtype=torch.long)
-    mask[1, 20] = 0
-    with pytest.raises(ValueError, match=r"rows \[1\]"):
-        elastic(tiny())(tokens(2, 40), attention_mask=mask)
-
-
-def test_generating_after_right_padding_is_refused() -> None:
-    model, (ids, mask) = elastic(tiny()), padded(prompts_of(), "right")
-    with pytest.raises(ValueError, match="pad each row on the left"):
-        model.generate(ids, attention_mask=mask, max_new_tokens=2, eos_token_id=None)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import elasticore
-from elasticore import AllRetrieval, AllSparse, ElasticConfig, ElasticoreError
+from elasticore import AllRetrieval, AllSparse, Elastic, ElasticoreError, Streaming
 from elasticore.models.families import attention_layers
 
-from .tiny import FAMILIES, SETTINGS, elastic, first_head_sparse, spread, tiny, tokens
+from .tiny import FAMILIES, SETTINGS, elastic, first_head_sparse, routings, spread, tiny, tokens
 
 PROMPT = tokens(2, 80)
 
@@ -109,8 +109,6 @@ def test_elastic_models_refuse_what_only_others_can_do() -> None:
     elastic(model)
     with pytest.raises(ValueError, match=r"elastic already.*restore"):
         elasticore.elasticize(model)
-    with pytest.raises(ValueError, match="no routing yet"):
-        elasticore.routings(model)
 
 
 def test_models_of_one_config_do_not_affect_each_other() -> None:
@@ -125,7 +123,7 @@ def test_models_of_one_config_do_not_affect_each_other() -> None:
         mixed = first(PROMPT).logits
     assert torch.equal(plain(PROMPT).logits, dense)
     # A wider window: all 80 tokens are in reach, so this one is the dense model again.
-    elastic(second, first_head_sparse, ElasticConfig(sink=16, local=64, block_size=16))
+    elastic(second, first_head_sparse, Elastic(sparse=Streaming(16, 64)))
     assert torch.equal(first(PROMPT).logits, mixed)
     torch.testing.assert_close(second(PROMPT).logits, dense)
     elasticore.restore(first)
@@ -137,35 +135,35 @@ def test_models_of_one_config_do_not_affect_each_other() -> None:
 # A failure leaves the model as it was.
 
 
-class Unmovable(AllSparse):
+class Sparse(nn.Module):
+    def forward(self, keys: Tensor, segments: elasticore.Segments) -> elasticore.Routing:
+        return elasticore.Routing(torch.ones(segments.row.numel(), keys.shape[2]).to(torch.int8))
+
+
+class Unmovable(Sparse):
     def to(self, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("out of memory")
 
 
 FAILURES: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
-    "no settings": (lambda m: elasticore.elasticize(m, 3), TypeError, "router must be"),
+    "no settings": (lambda m: elasticore.elasticize(m, 3), TypeError, "way must be"),
     "no hub id": (
         lambda m: elasticore.elasticize(m, "a/b/c"),
         FileNotFoundError,
         "neither a directory nor a hub id",
     ),
-    "path and policies": (
-        lambda m: elasticore.elasticize(m, "a/b", policies=[]),
-        ValueError,
-        "policies cannot be given together",
-    ),
     "too few policies": (
-        lambda m: elasticore.elasticize(m, policies=[AllSparse()] * 2),
+        lambda m: elasticore.elasticize(m, Elastic([Sparse()] * 2)),
         ValueError,
         r"one module per elastic layer \(3\), got 2",
     ),
     "a policy that is no module": (
-        lambda m: elasticore.elasticize(m, policies=[AllSparse(), AllSparse(), "all"]),
+        lambda m: elasticore.elasticize(m, Elastic([Sparse(), Sparse(), "all"])),
         TypeError,
-        "policies must be nn.Modules, got 'all'",
+        "policy must be a Policy .* got 'all'",
     ),
     "a policy that fails to move": (
-        lambda m: elasticore.elasticize(m, policies=[AllSparse(), AllSparse(), Unmovable()]),
+        lambda m: elasticore.elasticize(m, Elastic([Sparse(), Sparse(), Unmovable()])),
         RuntimeError,
         "out of memory",
     ),
@@ -244,15 +242,13 @@ def test_an_elastic_model_can_change_its_dtype(dtype: torch.dtype) -> None:
 
 def test_routers_that_were_cast_with_the_model_still_route() -> None:
     model = elasticore.elasticize(tiny(), SETTINGS).half()
-    model(PROMPT)
-    for routing in elasticore.routings(model):
+    for routing in routings(model, PROMPT):
         assert routing.logits is not None and bool(routing.logits.isfinite().all())
 
 
 def test_a_state_dict_carries_the_routers() -> None:
     def logits_of(model: Any) -> list[Tensor | None]:
-        model(PROMPT)
-        return [routing.logits for routing in elasticore.routings(model)]
+        return [routing.logits for routing in routings(model, PROMPT)]
 
     model = spread(elasticore.elasticize(tiny(), SETTINGS))
     file = io.BytesIO()
@@ -298,7 +294,7 @@ def test_what_was_changed_while_elastic_is_not_lost() -> None:
 
 def test_a_policy_that_returns_no_routing_is_named() -> None:
     model = tiny()
-    elasticore.elasticize(model, SETTINGS, policies=[Shrug() for _ in range(3)])
+    elastic(model, Shrug)
     with pytest.raises(TypeError, match="policies must return a Routing, got NoneType from Shrug"):
         model(tokens(1, 20))
 

@@ -8,17 +8,17 @@ import pytest
 import torch
 
 import elasticore
-from elasticore import ElasticConfig
+from elasticore import Elastic, Router
 
-from .tiny import FAMILIES, SETTINGS, spread, tiny, tokens
+from .tiny import FAMILIES, SETTINGS, routings, small, spread, tiny, tokens
 
 PROMPT = tokens(2, 80)
 
 
-def training(family: str = "llama", config: ElasticConfig = SETTINGS, **settings: Any) -> Any:
+def training(family: str = "llama", way: Elastic = SETTINGS, **settings: Any) -> Any:
     model = tiny(family, **settings)
     torch.manual_seed(1)
-    return elasticore.elasticize(model, config).train()
+    return elasticore.elasticize(model, way).train()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -41,10 +41,11 @@ def test_a_backbone_that_is_not_frozen_trains_along() -> None:
 @pytest.mark.parametrize("mode", ["fa-ssa", "fa-xa", "xa-ssa"])
 @pytest.mark.parametrize("sampler", ["gumbel-softmax", "gumbel-sigmoid"])
 def test_every_mode_and_sampler_gives_gates_of_zero_and_one(mode: str, sampler: str) -> None:
-    config = ElasticConfig(mode=mode, sink=16, local=32, block_size=16, sampler=sampler)
-    model = training(config=config)
-    model(PROMPT, labels=PROMPT).loss.backward()
-    for routing in elasticore.routings(model):
+    model = training(way=small(mode, policy=Router(sampler=sampler)))
+    one = elasticore.Pass()
+    model(PROMPT, labels=PROMPT, elastic=one).loss.backward()
+    assert len(one.routings) == 3
+    for routing in one.routings:
         assert routing.gate is not None and routing.gate.requires_grad
         assert torch.equal(routing.gate, routing.decisions.float())
     assert all(p.grad is not None for r in elasticore.routers(model) for p in r.parameters())
@@ -53,7 +54,7 @@ def test_every_mode_and_sampler_gives_gates_of_zero_and_one(mode: str, sampler: 
 def test_a_gate_weighs_what_each_mode_would_have_cost() -> None:
     # Sparse attention adds nothing inside its window, so its gate has no gradient there.
     model = training()
-    short = tokens(2, SETTINGS.sink + SETTINGS.local)
+    short = tokens(2, 48)
     model(short, labels=short).loss.backward()
     largest = max(p.grad.abs().max() for r in elasticore.routers(model) for p in r.parameters())
     assert largest < 1e-6
@@ -75,18 +76,16 @@ def test_decisions_are_sampled_in_training_only() -> None:
         model.eval()(PROMPT)
         model(PROMPT)
     assert torch.equal(settled.passes[0].decisions, settled.passes[1].decisions)
-    assert all(routing.gate is None for routing in elasticore.routings(model))
+    assert all(routing.gate is None for routing in routings(model, PROMPT))
 
 
 @pytest.mark.parametrize("length", [40, 80])
 def test_a_text_is_routed_in_training_as_in_inference(length: int) -> None:
     model, prompt = spread(training()), tokens(1, length)
-    model(prompt)
-    trained = [routing.logits for routing in elasticore.routings(model)]
-    model.eval()(prompt)
-    first = elasticore.routings(model)[0].logits
-    assert trained[0] is not None and first is not None
-    assert torch.equal(trained[0], first)  # later layers see what sampled modes have made of it
+    trained = routings(model, prompt)[0].logits
+    settled = routings(model.eval(), prompt)[0].logits
+    assert trained is not None and settled is not None
+    assert torch.equal(trained, settled)  # later layers see what sampled modes have made of it
 
 
 def test_dropout_in_training_is_refused() -> None:

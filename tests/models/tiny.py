@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +11,22 @@ import transformers
 from torch import Tensor, nn
 
 import elasticore
-from elasticore import ElasticConfig, Routing, Segments, XAttention, pool_boundary
+from elasticore import (
+    BlockSelector,
+    Elastic,
+    Full,
+    Policy,
+    Routing,
+    Segments,
+    Streaming,
+    XAttention,
+    pool_boundary,
+)
 from elasticore.models.families import attention_layers, is_local
 from elasticore.models.versions import CACHE
+from elasticore.router import FixedPolicy, Modules
 
-SETTINGS = ElasticConfig(sink=16, local=32, block_size=16)
+SETTINGS = Elastic(sparse=Streaming(sink=16, local=32))
 """Small enough that a streaming head misses keys from the 49th token on."""
 
 HALF = XAttention(threshold=0.5)
@@ -78,15 +90,34 @@ def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
     return torch.randint(3, SIZES["vocab_size"], (batch, length), generator=generator)
 
 
+def small(mode: str = "fa-ssa", selector: BlockSelector | None = None, **settings: Any) -> Elastic:
+    """A way of the paper's, with blocks of 16 tokens."""
+    patterns = {"fa": Full(), "ssa": Streaming(16, 32), "xa": selector or XAttention()}
+    retrieval, sparse = mode.split("-")
+    return Elastic(
+        retrieval=patterns[retrieval], sparse=patterns[sparse], block_size=16, **settings
+    )
+
+
 def elastic(
     model: Any,
-    policy: Callable[[], nn.Module] | None = None,
-    config: ElasticConfig = SETTINGS,
+    policy: Policy | Callable[[], Any] | None = None,
+    way: Elastic = SETTINGS,
 ) -> Any:
-    """``model`` made elastic with one ``policy()`` per elastic layer, ``ByContent`` by default."""
-    layers = [layer for layer in attention_layers(model) if not is_local(layer)]
-    policies = [(policy or ByContent)() for _ in layers]
-    return elasticore.elasticize(model, config, policies=policies)
+    """``model`` made elastic: by a policy, or by one ``policy()`` per elastic layer (ByContent)."""
+    if isinstance(policy, type) and issubclass(policy, Policy):
+        policy = policy()
+    if not isinstance(policy, Policy):
+        layers = [layer for layer in attention_layers(model) if not is_local(layer)]
+        policy = Modules([(policy or ByContent)() for _ in layers])
+    return elasticore.elasticize(model, dataclasses.replace(way, policy=policy))
+
+
+def routings(model: Any, *args: Any, **kwargs: Any) -> list[Routing]:
+    """What every layer decided in ``model(*args, **kwargs)``."""
+    one = elasticore.Pass()
+    model(*args, **kwargs, elastic=one)
+    return one.routings
 
 
 class ByContent(nn.Module):
@@ -108,7 +139,7 @@ class Listening(nn.Module):
 
 def first_head_sparse() -> nn.Module:
     """A policy that sends KV head 0 to sparse and head 1 to retrieval, whatever the input."""
-    return elasticore.FixedPolicy([1, 0])
+    return FixedPolicy([1, 0])
 
 
 def spread(model: Any, seed: int = 0) -> Any:

@@ -9,9 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elasticore import BlockSelector, ElasticConfig, HeadPlan, SequenceLayout, testing
+from elasticore import (
+    AllSparse,
+    BlockSelector,
+    Elastic,
+    HeadPlan,
+    SequenceLayout,
+    pattern_from_dict,
+    pattern_to_dict,
+    testing,
+)
 from elasticore.patterns import InfLLMV2, MoBA, NSASelected, TriangleMix, XAttention
-from elasticore.patterns.registry import selector_from_dict, selector_to_dict
 from tests.patterns.calls import draw, lists, packed, padded
 
 BLOCK = 16
@@ -115,7 +123,7 @@ def test_half_precision_chooses_as_its_values_in_float32_do(name: str) -> None:
 @every
 def test_attention_over_the_lists_is_that_of_the_dense_reference(name: str) -> None:
     problem = testing.make_problem(testing.Case("left", 4, 32, 129, "some", "32"))
-    plan = HeadPlan(problem.plan.modes, selector=SELECTORS[name], block_size=BLOCK)
+    plan = HeadPlan(problem.plan.decisions, sparse=SELECTORS[name], block_size=BLOCK)
     problem = problem._replace(plan=plan)
     expected = testing.dense_attention(problem)
     assert torch.allclose(problem.run("serial").double(), expected, atol=1e-5)
@@ -123,13 +131,11 @@ def test_attention_over_the_lists_is_that_of_the_dense_reference(name: str) -> N
 
 @every
 def test_a_configuration_file_holds_it_by_its_name(name: str) -> None:
-    data = json.loads(json.dumps(selector_to_dict(SELECTORS[name])))
+    data = json.loads(json.dumps(pattern_to_dict(SELECTORS[name])))
     assert data["name"] == name
-    assert selector_from_dict(data) == SELECTORS[name]
-    config = ElasticConfig(
-        mode="fa-xa", sink=BLOCK, local=2 * BLOCK, block_size=BLOCK, selector=SELECTORS[name]
-    )
-    assert ElasticConfig.from_dict(config.to_dict()) == config
+    assert pattern_from_dict(data) == SELECTORS[name]
+    way = Elastic(AllSparse(), sparse=SELECTORS[name], block_size=BLOCK)
+    assert Elastic.from_dict(json.loads(json.dumps(way.to_dict()))) == way
 
 
 def test_the_defaults_are_those_of_the_papers_table_6() -> None:

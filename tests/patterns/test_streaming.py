@@ -43,7 +43,7 @@ def test_blocks_read_counts_the_blocks_of_the_definition(
     """Row block i reads key blocks {0..s-1} and {i-w+1..i}: count them in the token mask."""
     block, queries = 16, data.draw(st.integers(1, keys), label="queries")
     streaming = Streaming(sink * block, local * block)
-    plan = HeadPlan(torch.ones(1, 1, dtype=torch.int8), streaming=streaming, block_size=block)
+    plan = HeadPlan(torch.ones(1, 1, dtype=torch.int8), sparse=streaming, block_size=block)
     q, k = torch.zeros(1, 1, queries, 1), torch.zeros(1, 1, keys, 1)
     problem = Problem(q, k, k, plan, SequenceLayout.dense(), 1.0)
     for query, mask in enumerate(attended(problem, 0, HeadMode.STREAMING)[0]):

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elasticore import ElasticConfig, HeadMode, elasticize, fixed_policies, record
+from elasticore import Elastic, HeadMode, HeadTable, elasticize, record
 from elasticore.patterns import TriangleMix
 from tests.patterns.calls import Lists, draw, lists
 
@@ -70,11 +70,8 @@ def test_deeper_layers_by_a_head_table() -> None:
         vocab_size=128,
     )
     model = transformers.LlamaForCausalLM(settings)
-    config = ElasticConfig(
-        mode="fa-xa", sink=16, local=32, block_size=16, selector=TriangleMix(16, 16, 16)
-    )
     table = (torch.arange(4) >= 3)[:, None].expand(4, 2)
-    elasticize(model, config, policies=fixed_policies(table))
+    elasticize(model, Elastic(HeadTable(table), sparse=TriangleMix(16, 16, 16), block_size=16))
     with torch.no_grad(), record() as trace:
         model(torch.randint(0, 128, (1, 96)))
     modes = trace.prefill.modes[:, 0]

@@ -160,7 +160,7 @@ def test_other_settings_in_the_same_folder_are_refused(folder: Path) -> None:
 def test_a_wrong_setting_is_said_before_anything_starts(tmp_path: Path) -> None:
     work = trainings(tmp_path)
     with pytest.raises(ValueError, match="hidden_multiplier"):
-        work.train([*elastic(0.75, 1), Run("wrong", 0, ("elastic.hidden_multiplier=0",))])
+        work.train([*elastic(0.75, 1), Run("wrong", 0, ("elastic.policy.hidden_multiplier=0",))])
     assert not (tmp_path / "quick").exists()
 
 

@@ -16,7 +16,7 @@ from elasticore.eval.methods import Method
 from elasticore.eval.tasks import TASKS
 from recipes.tiny import scores
 from recipes.tiny.plan import SENSITIVE
-from recipes.tiny.scores import HeadTable, Scorer, Stretched
+from recipes.tiny.scores import Scorer, Static, Stretched
 from recipes.tiny.sentences import answer, here, meaning, verdict
 from recipes.tiny.summary import Spread, fronts, label, paired, summarise
 
@@ -149,16 +149,20 @@ def scorer(tmp_path_factory: pytest.TempPathFactory) -> Scorer:
 def test_a_score_is_kept_until_its_way_changes(
     scorer: Scorer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = ec.ElasticConfig(sink=32, local=32, block_size=32)
+    streams = ec.Elastic(ec.AllSparse(), sparse=ec.Streaming(32, 32))
     table = torch.zeros(8, 4, dtype=torch.bool)
-    first = scorer.score(HeadTable.of("table", table, config), 192, 1, ["needle"])
+
+    def way(table: torch.Tensor) -> Static:
+        return Static("table", ec.HeadTable(table), streams)
+
+    first = scorer.score(way(table), 192, 1, ["needle"])
     assert first["needle"]["msr"] == 0
     calls = []
     measure = scores.score
     monkeypatch.setattr(scores, "score", lambda *a, **k: calls.append(1) or measure(*a, **k))
-    assert scorer.score(HeadTable.of("table", table, config), 192, 1, ["needle"]) == first
+    assert scorer.score(way(table), 192, 1, ["needle"]) == first
     assert not calls
-    other = scorer.score(HeadTable.of("table", ~table, config), 192, 1, ["needle"])
+    other = scorer.score(way(~table), 192, 1, ["needle"])
     assert calls
     assert other["needle"]["msr"] == 1
 

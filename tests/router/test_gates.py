@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from elasticore import SequenceLayout
 from elasticore.router import (
@@ -17,11 +13,7 @@ from elasticore.router import (
     Routing,
     head_scores,
     model_msr,
-    read_head_table,
     retrieval_only,
-    sparse_table,
-    write_duo,
-    write_prulong,
 )
 
 KEYS = torch.zeros(1, 10, 3, 8)
@@ -92,83 +84,11 @@ def test_draws_come_from_the_global_generator():
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
-@given(
-    scores=st.lists(st.lists(st.floats(-9, 9, width=32), min_size=4, max_size=4), min_size=1),
-    msr=st.floats(0, 1),
-)
-def test_exactly_the_share_asked_for_is_sparse_and_scores_lowest(scores, msr):
-    scores = torch.tensor(scores)
-    table = sparse_table(scores, msr)
-    assert int(table.sum()) == round(msr * scores.numel())
-    if table.any() and not table.all():
-        assert scores[table].max() <= scores[~table].min()
-
-
-def test_of_equal_scores_the_first_are_sparse():
-    assert sparse_table(torch.ones(2, 3), 0.5).tolist() == [[True] * 3, [False] * 3]
-
-
 def test_scores_of_all_layers():
     scores = head_scores([duo(0.25, 2, -1), HardConcreteGate(3, 4.0)])
     assert scores.tolist() == [[0.25, 1, 0], [4, 4, 4]]
     with pytest.raises(TypeError, match="must be StaticGates, got AllSparse"):
         head_scores([AllSparse()])
-
-
-def test_duoattention_files_survive_a_round_trip(tmp_path: Path):
-    scores = torch.rand(3, 2)
-    table = read_head_table(write_duo(tmp_path / "a", scores, 128, 256))
-    assert torch.equal(table.scores, scores.double())
-    assert (table.sink, table.local) == (128, 256)
-    bare = read_head_table(tmp_path / "a" / "full_attention_heads.tsv")
-    assert torch.equal(bare.scores, scores.double()) and bare.sink is None
-
-
-def test_a_published_duoattention_file_is_read(tmp_path: Path):
-    # As numpy.savetxt writes it; gates lie a little below 0.
-    (tmp_path / "full_attention_heads.tsv").write_text(
-        "-9.584426879882812500e-05\t5.585937500000000000e-01\n"
-        "1.000000000000000000e+00\t7.812500000000000000e-01\n"
-    )
-    (tmp_path / "config.json").write_text('{"sink_size": 64, "recent_size": 256, "lr": 0.02}')
-    table = read_head_table(tmp_path)
-    assert table.scores.tolist() == [[0.0, 0.55859375], [1.0, 0.78125]]
-    assert (table.sink, table.local) == (64, 256)
-
-
-def test_prulong_files_survive_a_round_trip(tmp_path: Path):
-    sparse = torch.tensor([[True, False], [False, False]])
-    file = write_prulong(tmp_path / "deep" / "masks_sp0.25.tsv", sparse)
-    assert file.read_text() == "0.0\t1.0\n1.0\t1.0\n"
-    file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))  # as Python's csv module ends lines
-    assert torch.equal(read_head_table(file).scores == 0, sparse)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("1.0\t0.0\n1.0\n", "line 2: 1 numbers, but 2 in the first"),
-        ("1.0\tfull\n", "line 1: expected numbers between tabs"),
-        ("", "must hold a number from 0 to 1"),
-        ("4.5\t-3\n", "must hold a number from 0 to 1"),
-        ("nan\t1\n", "must hold a number from 0 to 1"),
-    ],
-)
-def test_files_that_are_no_patterns(text: str, message: str, tmp_path: Path):
-    (tmp_path / "masks.tsv").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        read_head_table(tmp_path / "masks.tsv")
-
-
-def test_missing_parts_of_a_pattern_are_named(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match="neither a file nor a directory with full_att"):
-        read_head_table(tmp_path)
-    (tmp_path / "full_attention_heads.tsv").write_text("1\t0\n")
-    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
-        read_head_table(tmp_path)
-    (tmp_path / "config.json").write_text('{"sink_size": 64}')
-    with pytest.raises(ValueError, match=r"recent_size.*KeyError"):
-        read_head_table(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -177,10 +97,6 @@ def test_missing_parts_of_a_pattern_are_named(tmp_path: Path):
         (lambda: DuoGate(0), ValueError, "kv_heads must be at least 1"),
         (lambda: DuoGate(2, 1.5), ValueError, "initial must be from 0 to 1"),
         (lambda: duo(1, 1)(KEYS, SEGMENTS), ValueError, "keys have 3 KV heads but there are gates"),
-        (lambda: sparse_table(torch.ones(2, 2), 1.5), ValueError, "msr must be from 0 to 1"),
-        (lambda: sparse_table(torch.ones(2), 0.5), ValueError, r"scores must be .*kv_heads"),
-        (lambda: sparse_table(torch.tensor([[torch.nan]]), 0), ValueError, "must be finite"),
-        (lambda: sparse_table(torch.ones(2, 2).int(), 0), TypeError, "must be a float tensor"),
         (
             lambda: Routing(torch.zeros(1, 2, dtype=torch.int8), mix=torch.zeros(1, 2)),
             ValueError,

@@ -1,17 +1,22 @@
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from torch import nn
 
+from elasticore.errors import RouterMismatch
 from elasticore.layout import SequenceLayout
-from elasticore.plan import HeadMode
 from elasticore.router import (
     AllRetrieval,
     AllSparse,
     FixedPolicy,
-    fixed_policies,
-    random_head_table,
+    GumbelSigmoid,
+    LayerShape,
+    Router,
+    register_policy,
 )
+from elasticore.router.policies import as_policy
+from elasticore.router.registry import policy_from_dict, policy_to_dict
+
+LAYERS = [LayerShape(3, 8, torch.device("cpu"))] * 2
 
 KEYS = torch.zeros(1, 10, 3, 8)
 SEGMENTS = SequenceLayout.packed(torch.tensor([0, 4, 10])).segments(1, 10, 10, KEYS.device)
@@ -20,8 +25,8 @@ SEGMENTS = SequenceLayout.packed(torch.tensor([0, 4, 10])).segments(1, 10, 10, K
 @pytest.mark.parametrize(
     ("policy", "expected"),
     [
-        (AllRetrieval(), [0, 0, 0]),
-        (AllSparse(), [1, 1, 1]),
+        (AllRetrieval().modules(LAYERS)[0], [0, 0, 0]),
+        (AllSparse().modules(LAYERS)[1], [1, 1, 1]),
         (FixedPolicy(torch.tensor([True, False, True])), [1, 0, 1]),
         (FixedPolicy([0, 1, 1]), [0, 1, 1]),
     ],
@@ -50,51 +55,40 @@ def test_a_policy_keeps_its_own_copy():
     assert policy.decisions.tolist() == [0, 1, 0]
 
 
-@pytest.mark.parametrize(
-    ("table", "retrieval", "expected"),
-    [
-        ([[True, False], [False, False]], HeadMode.FULL, [[1, 0], [0, 0]]),
-        ([[1, 0], [1, 1]], HeadMode.FULL, [[1, 0], [1, 1]]),
-        ([[HeadMode.FULL, HeadMode.STREAMING]], HeadMode.FULL, [[0, 1]]),
-        ([[HeadMode.FULL, HeadMode.SELECTED]], HeadMode.FULL, [[0, 1]]),
-        ([[HeadMode.SELECTED, HeadMode.STREAMING]], HeadMode.SELECTED, [[0, 1]]),  # XA-SSA
-    ],
-)
-@pytest.mark.parametrize("as_tensor", [True, False])
-def test_a_table_makes_a_policy_per_layer(table, retrieval, expected, as_tensor):
-    policies = fixed_policies(torch.tensor(table) if as_tensor else table, retrieval)
-    assert [policy.decisions.tolist() for policy in policies] == expected
+def test_a_router_is_made_for_each_layer_and_in_its_mode():
+    for router in Router(boundary=7, hidden_multiplier=2, sampler="gumbel-sigmoid").modules(LAYERS):
+        assert (router.head_dim, router.boundary, router.hidden_multiplier) == (8, 7, 2)
+        assert isinstance(router.sampler, GumbelSigmoid)
 
 
-@given(
-    layers=st.integers(1, 9),
-    kv_heads=st.integers(1, 9),
-    msr=st.floats(0, 1),
-    seed=st.integers(0, 2**32),
-)
-def test_random_table_has_exactly_the_share_asked_for(layers, kv_heads, msr, seed):
-    table = random_head_table(layers, kv_heads, msr, seed)
-    assert table.shape == (layers, kv_heads)
-    assert table.dtype == torch.bool
-    assert int(table.sum()) == round(msr * layers * kv_heads)
-    assert torch.equal(table, random_head_table(layers, kv_heads, msr, seed))
+def test_weights_of_routers_are_those_given():
+    made = Router().modules(LAYERS)
+    policy = Router(weights=[module.state_dict() for module in made])
+    for one, two in zip(policy.modules(LAYERS), made, strict=True):
+        assert all(map(torch.equal, one.state_dict().values(), two.state_dict().values()))
+    again = policy_from_dict(policy_to_dict(policy), policy.tensors())
+    assert again.settings() == policy.settings()
+    assert sorted(again.tensors()) == sorted(policy.tensors())
 
 
-@pytest.mark.parametrize(
-    ("layers", "kv_heads", "msr", "count"),
-    [(1, 10, 1 - 0.9, 1), (36, 8, 0.7, 202), (32, 8, 0.29, 74), (10, 10, 0.29, 29), (2, 3, 1.0, 6)],
-)
-def test_random_table_counts_by_hand(layers, kv_heads, msr, count):
-    # 0.7 · 288 = 201.6; 0.29 · 256 = 74.24; 0.29 * 100 is 28.999999999999996 in floats.
-    assert int(random_head_table(layers, kv_heads, msr, 0).sum()) == count
+def test_modules_of_ones_own_are_a_policy():
+    own = [FixedPolicy([0, 1, 1]), FixedPolicy([1, 0, 0])]
+    assert as_policy(own).modules(LAYERS) == own
+    assert as_policy(nn.ModuleList(own)).modules(LAYERS) == own
 
 
-def test_random_table_depends_on_the_seed_and_on_nothing_else():
-    torch.manual_seed(0)
-    state = torch.get_rng_state()
-    first, second = random_head_table(32, 8, 0.5, 0), random_head_table(32, 8, 0.5, 1)
-    assert not torch.equal(first, second)
-    assert torch.equal(torch.get_rng_state(), state)
+class Mine(AllSparse):
+    """A policy of another package."""
+
+
+@pytest.mark.usefixtures("clean_registry")
+def test_a_policy_can_be_registered():
+    with pytest.raises(ValueError, match=r"policy Mine has no name.*register_policy"):
+        policy_to_dict(Mine())
+    register_policy("mine", Mine)
+    assert isinstance(policy_from_dict({"name": "mine"}, {}), Mine)
+    with pytest.raises(ValueError, match="taken"):
+        register_policy("mine", AllRetrieval)
 
 
 @pytest.mark.parametrize(
@@ -104,12 +98,24 @@ def test_random_table_depends_on_the_seed_and_on_nothing_else():
         (lambda: FixedPolicy([0, 2]), ValueError, "decisions must hold values from 0 to 1"),
         (lambda: FixedPolicy([[0, 1]]), ValueError, r"decisions must be \[kv_heads\]"),
         (lambda: FixedPolicy(torch.zeros(0, dtype=torch.int8)), ValueError, "decisions must be"),
-        (lambda: fixed_policies([0, 1]), ValueError, r"table must be \[layers, kv_heads\]"),
-        (lambda: fixed_policies([[0, 3]]), ValueError, "table must hold values from 0 to 2"),
-        (lambda: fixed_policies([[0, -1]]), ValueError, "table must hold values from 0 to 2"),
         (lambda: FixedPolicy([0, 1])(KEYS, SEGMENTS), ValueError, "keys have 3 KV heads but"),
-        (lambda: random_head_table(0, 8, 0.5, 0), ValueError, "layers must be at least 1"),
-        (lambda: random_head_table(2, 8, 1.5, 0), ValueError, "msr must be from 0 to 1, got 1.5"),
+        (lambda: Router(boundary=0), ValueError, "boundary must be at least 1"),
+        (lambda: Router(sampler="coin"), ValueError, "sampler must be one of gumbel-softmax"),
+        (lambda: Router(weights=[{}]).modules(LAYERS), RouterMismatch, "routers for 1 layers"),
+        (lambda: as_policy([FixedPolicy([1])]).modules(LAYERS), RouterMismatch, "got 1"),
+        (lambda: as_policy("all"), TypeError, "policy must be a Policy such as Router"),
+        (lambda: as_policy([1]), TypeError, "policy must be a Policy .* got 1"),
+        (lambda: policy_from_dict({"name": "x"}, {}), ValueError, "policy 'x' is unknown"),
+        (
+            lambda: policy_from_dict({"name": "router", "wings": 2}, {}),
+            ValueError,
+            "policy 'router' does not take these settings",
+        ),
+        (
+            lambda: policy_from_dict({"name": "all-sparse"}, {"layers.0.a": torch.ones(1)}),
+            ValueError,
+            "AllSparse has no tensors",
+        ),
     ],
 )
 def test_bad_input_is_named(make, error, message):

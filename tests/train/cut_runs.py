@@ -137,9 +137,7 @@ def trainer_in(
         vocab_size=vocabulary,
         max_position_embeddings=256,
     )
-    model = ec.elasticize(
-        Qwen3ForCausalLM(config).eval(), ec.ElasticConfig(sink=16, local=16, block_size=16)
-    )
+    model = ec.elasticize(Qwen3ForCausalLM(config).eval(), ec.Elastic(sparse=ec.Streaming(16, 16)))
     objective = LagrangianObjective(TARGETS, seed=0)
     settings = {
         "output_dir": str(folder),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,12 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 import elasticore as ec
-from elasticore.router import read_head_table
 from elasticore.train import Collator, Recipe, train
 from elasticore.train.baselines import (
     DuoAttention,
     GatePrice,
     PruLong,
     RisingTarget,
-    attach_gates,
     settle_gates,
 )
 from elasticore.train.loss import hidden_states
@@ -47,13 +46,17 @@ def trainer_in(folder: Path, method: DuoAttention | PruLong, **changes: Any) -> 
         "lr_scheduler_type": "constant",
     }
     return method.trainer(
-        attach_gates(small_model(), SMALL, method),
+        with_gates(method),
         TrainingArguments(**{**arguments, **changes}),
         method.objective(),  # type: ignore[arg-type]
         train_dataset=Noise(),
         collator=Collator(TASKS),
         multiplier_lr=method.multiplier_lr,
     )
+
+
+def with_gates(method: DuoAttention | PruLong) -> Any:
+    return ec.elasticize(small_model(), replace(SMALL, policy=method))
 
 
 def gates(trainer: Any) -> list[Tensor]:
@@ -74,8 +77,8 @@ def hidden_of(model: Any, inputs: dict[str, Any]) -> Tensor:
 @pytest.mark.parametrize(("alpha", "policy"), [(1.0, ec.AllRetrieval), (0.0, ec.AllSparse)])
 def test_gates_at_their_ends_are_the_modes_themselves(alpha: float, policy: type) -> None:
     inputs = batch(Collator(TASKS))
-    mixed = attach_gates(small_model(), SMALL, DuoAttention(initial=alpha)).train()
-    pure = ec.elasticize(small_model(), SMALL, policies=[policy(), policy()]).train()
+    mixed = with_gates(DuoAttention(initial=alpha)).train()
+    pure = ec.elasticize(small_model(), replace(SMALL, policy=policy())).train()
     assert torch.equal(hidden_of(mixed, inputs), hidden_of(pure, inputs))
 
 
@@ -84,7 +87,7 @@ def test_the_output_is_the_blend_of_both_modes() -> None:
     inputs = batch(Collator(TASKS))
     out = []
     for alpha in (0.0, 0.25, 1.0):
-        model = attach_gates(small_model(), SMALL, DuoAttention(initial=alpha)).train()
+        model = with_gates(DuoAttention(initial=alpha)).train()
         found: list[Tensor] = []
         model.model.layers[0].self_attn.register_forward_hook(
             lambda *call, found=found: found.append(call[-1][0])
@@ -214,17 +217,26 @@ def test_checkpointing_gives_the_same_bits(tmp_path: Path) -> None:
 
 def test_settled_gates_are_saved_loaded_and_published(tmp_path: Path) -> None:
     method = DuoAttention(sparsity=0.5)
-    model = attach_gates(small_model(), SMALL, method).eval()
+    model = with_gates(method).eval()
     for gate, alpha in zip(ec.routers(model), ([0.1, 0.9], [0.3, 0.2]), strict=True):
         gate.alpha.data.copy_(torch.tensor(alpha))  # type: ignore[union-attr]
-    settle_gates(model, SMALL, method, tmp_path / "pattern")
+    with pytest.raises(ValueError, match=r"gates in training.* settle_gates"):
+        ec.way_of(model).save(tmp_path / "router")
+    settle_gates(model, tmp_path / "pattern")
     assert [p.decisions.tolist() for p in ec.routers(model)] == [[1, 0], [0, 1]]  # type: ignore[union-attr]
-    assert read_head_table(tmp_path / "pattern").local == 32
+    assert ec.HeadTable.read(tmp_path / "pattern").streaming == ec.Streaming(16, 32)
     inputs = batch(Collator(TASKS))
-    loaded = ec.load_router(small_model(), ec.save_router(model, tmp_path / "router"))
+    loaded = ec.elasticize(small_model(), ec.way_of(model).save(tmp_path / "router"))
     assert torch.equal(hidden_of(loaded, inputs), hidden_of(model, inputs))
     assert [p.decisions.tolist() for p in ec.routers(loaded)] == [[1, 0], [0, 1]]  # type: ignore[union-attr]
-    ec.load_router(loaded, tmp_path / "router")  # in the place of another
+
+
+def test_gates_that_nothing_can_hold_are_not_settled(tmp_path: Path) -> None:
+    selecting = replace(SMALL, policy=PruLong(), sparse=ec.XAttention())
+    for way in (SMALL, selecting):
+        with pytest.raises(ValueError, match=r"sparse=Streaming.*DuoAttention or PruLong"):
+            settle_gates(ec.elasticize(small_model(), way), tmp_path / "pattern")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("policy", ["duo", "prulong"])
@@ -234,15 +246,15 @@ def test_a_recipe_trains_a_static_pattern(policy: str, backbone: Path, tmp_path:
     folder = train(recipe, tmp_path / "run")
     from transformers import LlamaForCausalLM
 
-    model = ec.load_router(LlamaForCausalLM.from_pretrained(backbone), folder)
+    model = ec.elasticize(LlamaForCausalLM.from_pretrained(backbone), folder)
     table = torch.stack([policy.decisions for policy in ec.routers(model)])  # type: ignore[misc]
     assert int(table.sum()) == 2
     pattern = tmp_path / "run" / "pattern"
     if policy == "prulong":
-        mask = read_head_table(pattern / "masks_sp0.5.tsv")
-        assert torch.equal(mask.scores == 0, table.bool())
+        read = ec.HeadTable.read(pattern / "masks_sp0.5.tsv")
     else:
-        assert read_head_table(pattern).scores.shape == (2, 2)
+        read = ec.HeadTable.read(pattern, msr=0.5)
+    assert torch.equal(torch.as_tensor(read.sparse), table.bool())
     history = json.loads((tmp_path / "run" / "history.json").read_text())
     assert [entry["step"] for entry in history] == [1, 2]
 
@@ -255,6 +267,10 @@ def test_a_recipe_trains_a_static_pattern(policy: str, backbone: Path, tmp_path:
         ({"policy": "duo", "policy_settings": {"sparsity": 2}}, "sparsity must be from 0 to 1"),
         ({"policy": "prulong", "policy_settings": {"ramp": 2}}, "ramp must be from 0 to 1"),
         ({"policy_settings": {"lr": 1}}, "belong to policy duo or prulong"),
+        (
+            {"policy": "duo", "elastic": {"sparse": {"name": "xattention"}}},
+            r"elastic.sparse must be \{name: streaming, ...\} with policy duo",
+        ),
     ],
 )
 def test_bad_settings_end_before_anything_is_written(
@@ -267,7 +283,7 @@ def test_bad_settings_end_before_anything_is_written(
 
 def test_a_trainer_refuses_another_methods_gates_and_objective(tmp_path: Path) -> None:
     args = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
-    model = attach_gates(small_model(), SMALL, PruLong())
+    model = with_gates(PruLong())
     with pytest.raises(ValueError, match="policy HardConcreteGate, but DuoTrainer trains DuoGates"):
         DuoAttention.trainer(model, args, GatePrice(0.1), train_dataset=Noise())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="objective must be a RisingTarget"):

@@ -58,9 +58,7 @@ def trained(folder: str, batch_size: int, accumulation: int) -> dict[str, Any]:
         vocab_size=128,
         max_position_embeddings=128,
     )
-    model = ec.elasticize(
-        Qwen3ForCausalLM(config).eval(), ec.ElasticConfig(sink=16, local=16, block_size=16)
-    )
+    model = ec.elasticize(Qwen3ForCausalLM(config).eval(), ec.Elastic(sparse=ec.Streaming(16, 16)))
     for router in ec.routers(model):
         router.sampler = NoNoise()  # type: ignore[assignment]
         for parameter in router.parameters():

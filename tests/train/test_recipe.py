@@ -60,7 +60,10 @@ def settings(backbone: Path, **changes: Any) -> dict[str, Any]:
         "backbone": str(backbone),
         "targets": {"qa": [0.4, 0.8]},
         "data": {"kind": "jsonl", "path": str(data), "max_length": 100},
-        "elastic": {"mode": "fa-ssa", "sink": 16, "local": 16, "block_size": 16, "boundary": 20},
+        "elastic": {
+            "policy": {"name": "router", "boundary": 20},
+            "sparse": {"name": "streaming", "sink": 16, "local": 16},
+        },
         "max_steps": 2,
         "batch_size": 2,
         "accumulation": 1,
@@ -83,7 +86,7 @@ def test_a_recipe_runs_and_leaves_routers_logs_and_history(
 ) -> None:
     recipe = Recipe.load(write(tmp_path, settings(backbone, checkpointing=checkpointing)))
     folder = train(recipe, tmp_path / "run")
-    model = ec.load_router(LlamaForCausalLM.from_pretrained(backbone), folder)
+    model = ec.elasticize(LlamaForCausalLM.from_pretrained(backbone), folder)
     assert len(ec.routers(model)) == 2
     history = json.loads((tmp_path / "run" / "history.json").read_text())
     assert [entry["step"] for entry in history] == [1, 2]
@@ -146,8 +149,8 @@ def test_tasks_of_packed_data_without_a_target_are_named(backbone: Path, tmp_pat
         ({"data": {"kind": "packed", "path": "/nowhere/at/all"}}, "elasticore data build"),
         ({"data": {"kind": "packed", "max_length": 4}}, "data does not take"),
         ({"data": {"kind": "offline", "tasks": {"code": 1}, "wrong": 1}}, "data does not take"),
-        ({"elastic": {"mode": "fa-fa"}}, "mode"),
-        ({"elastic": {"sink": 100}}, "sink"),
+        ({"elastic": {"mode": "fa-ssa"}}, "mode of an older form"),
+        ({"elastic": {"sparse": {"name": "streaming", "sink": 100}}}, "sink"),
         ({"temperature": {"name": "warm"}}, "warm"),
         ({"dtype": "int8"}, "dtype"),
         ({"backend": "magic"}, "backend"),

@@ -14,6 +14,7 @@ import yaml
 from transformers import LlamaConfig
 from typer.testing import CliRunner
 
+import elasticore as ec
 from elasticore.assets import tiny
 from elasticore.cli import app
 from elasticore.train.preview import preview
@@ -54,8 +55,10 @@ def test_the_papers_settings(path: Path) -> None:
     assert recipe.batch_size * recipe.accumulation * 8 == 48
     assert (recipe.max_steps, recipe.warmup_ratio, recipe.weight_decay) == (300, 0.2, 0.1)
     assert (recipe.router_lr, recipe.multiplier_lr) == (5e-4, 1e-3)
-    assert (parts.config.sink, parts.config.local) == (128, 2048)
-    assert (parts.config.boundary, parts.config.hidden_multiplier) == (100, 4)
+    way = parts.way
+    assert (way.retrieval, way.sparse) == (ec.Full(), ec.Streaming(sink=128, local=2048))
+    assert isinstance(way.policy, ec.Router)
+    assert (way.policy.boundary, way.policy.hidden_multiplier) == (100, 4)
     robust, sensitive = {1.0}, {0.7}
     assert {recipe.targets[task] for task in ("single_qa", "multihop_qa")} == sensitive
     assert {
@@ -80,8 +83,11 @@ def test_every_documented_ablation_fits_every_recipe_of_the_paper(change: list[s
         parts_of(recipe)
         for one in change:
             key, _, value = one.partition("=")
-            first, second = key.split(".")
-            assert getattr(recipe, first)[second] == yaml.safe_load(value)
+            first, *rest = key.split(".")
+            found = getattr(recipe, first)
+            for step in rest:
+                found = found[step]
+            assert found == yaml.safe_load(value)
 
 
 def test_the_ablations_are_all_there() -> None:
@@ -92,11 +98,11 @@ def test_the_ablations_are_all_there() -> None:
             key, _, value = one.partition("=")
             values.setdefault(key, set()).add(value)
     assert values == {
-        "elastic.boundary": {"50", "100", "200", "400", "800", "null"},
-        "elastic.hidden_multiplier": {"2", "4", "6", "8"},
+        "elastic.policy.boundary": {"50", "100", "200", "400", "800", "null"},
+        "elastic.policy.hidden_multiplier": {"2", "4", "6", "8"},
         "targets.single_qa": {"0.7", "0.6", "0.5", "0.4"},
         "targets.multihop_qa": {"0.7", "0.6", "0.5", "0.4"},
-        "elastic.mode": {"fa-ssa", "fa-xa", "xa-ssa"},
+        "elastic": {"fa-ssa", "fa-xa", "xa-ssa"},
     }
 
 
@@ -112,9 +118,9 @@ def written(folder: Path, **settings: Any) -> Path:
 
 
 def test_changes_start_from_what_the_recipe_leaves_out(tmp_path: Path) -> None:
-    recipe = Recipe.load(written(tmp_path), ["temperature.end=0.5", "elastic.sink=64"])
+    recipe = Recipe.load(written(tmp_path), ["temperature.end=0.5", "elastic.block_size=64"])
     assert recipe.temperature == {"name": "cosine", "end": 0.5}
-    assert recipe.elastic == {"sink": 64}
+    assert recipe.elastic == {"block_size": 64}
     assert Recipe.load(written(tmp_path)).temperature == {"name": "cosine"}
 
 
@@ -141,11 +147,14 @@ def test_numbers_are_numbers_as_people_write_them(tmp_path: Path) -> None:
         ("elastic.=3", "set takes KEY=VALUE"),
         ("elastc.sink=3", "there is no setting elastc; there are: accumulation, backbone"),
         ("max_steps.x=3", "max_steps is 300 and has no settings"),
-        ("elastic.sink.x=3", "elastic.sink is 128 and has no settings"),
+        ("elastic.block_size.x=3", "elastic.block_size is 128 and has no settings"),
         ("targets.qa=0.5", "targets has no qa; there are: needle"),
         ("elastic={", "the value is no YAML"),
-        ("elastic.skin=3", "elastic: .*unknown settings skin; there are: block_size"),
-        ("elastic.boundary=all", "elastic: boundary must be an int or None, got 'all'"),
+        ("elastic.skin=3", "elastic: .*unknown settings skin; there are: policy, retrieval"),
+        ("elastic.policy={name: router, boundary: all}", "boundary must be an int or None"),
+        ("elastic.policy={name: all-sparse}", "elastic.policy must be {name: router, ...}"),
+        ("elastic.boundary=50", "boundary of an older form.*policy: {name: router, boundary: 100"),
+        ("elastic.mode=fa-xa", "mode of an older form.*sparse: {name: xattention}"),
         ("temperature.x=3", "temperature does not take these settings"),
         ("max_steps=0", "max_steps must be at least 1, got 0"),
         ("router_lr=fast", "router_lr must be a number, got 'fast'"),
@@ -153,7 +162,7 @@ def test_numbers_are_numbers_as_people_write_them(tmp_path: Path) -> None:
 )
 def test_a_change_that_does_not_fit_says_where(tmp_path: Path, change: str, message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
-        parts_of(Recipe.load(written(tmp_path, elastic={"sink": 128}), [change]))
+        parts_of(Recipe.load(written(tmp_path, elastic={"block_size": 128}), [change]))
 
 
 def llama(folder: Path) -> Path:
@@ -231,7 +240,8 @@ def test_a_dry_run_names_what_is_not_here(
 def test_a_dry_run_refuses_what_a_run_would(tmp_path: Path) -> None:
     for change, message in (
         ("sharding=full", "there is one process"),
-        ("elastic.mode=fa", "mode must be"),
+        ("elastic.mode=fa-ssa", "write, each with its own settings"),
+        ("elastic.sparse={name: none}", "pattern 'none' is unknown"),
         ("dtype=int8", "dtype must be"),
         ("data.kind=magic", "data needs kind"),
     ):

@@ -15,8 +15,8 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 import elasticore
-from elasticore import ElasticConfig
-from elasticore.models.sequence_parallel import SequenceParallel, slice_tokens
+from elasticore import Elastic, Pass, Router, Streaming
+from elasticore.models.parallel import SequenceParallel, slice_tokens
 from elasticore.router import model_msr
 from elasticore.router.sampling import _straight_through
 from elasticore.train import checkpoint_layers
@@ -35,8 +35,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "checkpointed": ("llama", {}, {}),
     "phi3": ("phi3", {}, {}),  # keys are a slice of what is tapped
     "olmo2": ("olmo2", {}, {}),
-    "whole sequences pooled": ("qwen3", {}, {"boundary": None}),
-    "selected heads": ("llama", {}, {"mode": "fa-xa", "selector": HALF}),
+    "whole sequences pooled": ("qwen3", {}, {"policy": Router(boundary=None)}),
+    "selected heads": ("llama", {}, {"sparse": HALF}),
 }
 
 
@@ -49,8 +49,8 @@ class NoNoise:
 
 
 def made(family: str, settings: dict[str, Any], routing: dict[str, Any]) -> Any:
-    config = ElasticConfig(**{"sink": 16, "local": 32, "block_size": 16, **routing})
-    model = spread(elasticore.elasticize(tiny(family, **settings).double(), config))
+    way = Elastic(**{"sparse": Streaming(16, 32), "block_size": 16, **routing})
+    model = spread(elasticore.elasticize(tiny(family, **settings).double(), way))
     for router in elasticore.routers(model):
         router.double().sampler = NoNoise()  # type: ignore[assignment]
     return model.train()
@@ -83,9 +83,9 @@ def gradients(model: Any) -> dict[str, Tensor]:
 
 def alone(case: tuple[str, dict[str, Any], dict[str, Any]]) -> dict[str, Any]:
     """One process with all tokens and heads."""
-    model = made(*case)
-    hidden = model.base_model(**batch(), use_cache=False)[0][0]
-    routings = elasticore.routings(model)
+    model, one = made(*case), Pass()
+    hidden = model.base_model(**batch(), use_cache=False, elastic=one)[0][0]
+    routings = one.routings
     loss = (hidden * weights()).sum()
     (loss + penalty(model_msr(routings))).backward()
     return {
@@ -108,8 +108,9 @@ def together(
     inputs = batch()
     for name in ("input_ids", "position_ids"):
         inputs[name] = parallel.slice(inputs[name])
-    hidden = model.base_model(**inputs, use_cache=False)[0][0]
-    routings = elasticore.routings(model)
+    one = Pass()
+    hidden = model.base_model(**inputs, use_cache=False, elastic=one)[0][0]
+    routings = one.routings
     own = (hidden * parallel.slice(weights().T).T).sum()
     loss, msr = parallel.mean(own * parallel.size), parallel.mean(model_msr(routings))
     (loss + penalty(msr)).backward()

@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 import elasticore as ec
 from elasticore.models.loading import load_backbone
+from elasticore.router import FixedPolicy
 from elasticore.train import Collator, LagrangianObjective, Recipe, RouterTrainer, checkpoint_layers
 from elasticore.train.recipe import train
 from elasticore.train.sharding import check_sharding, shard_backbone
@@ -30,7 +31,7 @@ RECIPE = Recipe(
     backbone="tiny",
     targets={"needle": 0.5},
     data={"kind": "offline", "tasks": {"needle": 1}, "length": 256},
-    elastic={"sink": 32, "local": 64, "block_size": 32},
+    elastic={"sparse": {"name": "streaming", "sink": 32, "local": 64}},
     max_steps=1,
     accumulation=1,
     checkpointing=True,
@@ -56,7 +57,7 @@ def trained(
     folder: str, sharding: str, batch_size: int, *, resume: str | None = None
 ) -> dict[str, Any]:
     """Train some steps; return what they gave, and which parameters are split."""
-    elastic = ec.elasticize(model(), ec.ElasticConfig(sink=16, local=16, block_size=16))
+    elastic = ec.elasticize(model(), ec.Elastic(sparse=ec.Streaming(16, 16)))
     for router in ec.routers(elastic):
         router.sampler = NoNoise()  # type: ignore[assignment]
         for parameter in router.parameters():
@@ -187,7 +188,7 @@ def test_a_sharded_runs_checkpoint_loads_into_a_whole_model(runs: Any) -> None:
     folder, _, two = runs
     checkpoint = folder / "full" / f"checkpoint-{STEPS}"
     assert not list(checkpoint.glob("model*")) + list(checkpoint.glob("pytorch_model*"))
-    whole = ec.load_router(model(), checkpoint)  # which compares the backbone's fingerprint
+    whole = ec.elasticize(model(), checkpoint)  # which compares the backbone's fingerprint
     loaded = [p for router in ec.routers(whole) for p in router.parameters()]
     assert all(map(torch.equal, loaded, two["full"]["routers"]))
 
@@ -203,8 +204,8 @@ def test_a_sharded_run_resumes_bit_for_bit(runs: Any) -> None:
 def test_a_recipe_shards(runs: Any, policy: str) -> None:
     folder, _, _ = runs
     whole, _ = load_backbone("tiny", "bfloat16")
-    kind = ec.AttentionRouter if policy == "elastic" else ec.FixedPolicy
-    loaded = ec.routers(ec.load_router(whole, folder / policy / "router"))
+    kind = ec.AttentionRouter if policy == "elastic" else FixedPolicy
+    loaded = ec.routers(ec.elasticize(whole, folder / policy / "router"))
     assert all(isinstance(one, kind) for one in loaded)
 
 
@@ -236,4 +237,4 @@ def test_a_model_that_is_not_elastic_or_alone_is_refused() -> None:
     with pytest.raises(ValueError, match="model is not elastic"):
         shard_backbone(model())
     with pytest.raises(ValueError, match="there is one process"):
-        shard_backbone(ec.elasticize(model(), ec.ElasticConfig()))
+        shard_backbone(ec.elasticize(model()))

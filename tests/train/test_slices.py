@@ -76,7 +76,7 @@ def trained(folder: str, sequence_parallel: int, batch_size: int, reduction: Any
         max_position_embeddings=512,
     )
     model = ec.elasticize(
-        Qwen3ForCausalLM(config).double(), ec.ElasticConfig(sink=16, local=16, block_size=16)
+        Qwen3ForCausalLM(config).double(), ec.Elastic(sparse=ec.Streaming(16, 16))
     )
     for router in ec.routers(model):
         router.double().sampler = NoNoise()  # type: ignore[assignment]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from elasticore.attention import AttentionRequest, HybridHeadAttention, Verdict, check_call
+from elasticore.attention import AttentionRequest, HybridHeadAttention, Verdict
 from elasticore.backends.flashinfer.requests import (
     TILE,
     HostRouting,
@@ -157,8 +157,8 @@ class FlashInferAttention(HybridHeadAttention):
         v: Tensor,
         plan: HeadPlan,
         *,
-        layout: SequenceLayout | None = None,
-        scale: float | None = None,
+        layout: SequenceLayout,
+        scale: float,
     ) -> Tensor:
         """See :meth:`HybridHeadAttention.attend`."""
         if q.is_cuda and q.device.index != torch.cuda.current_device():
@@ -169,7 +169,6 @@ class FlashInferAttention(HybridHeadAttention):
                 "backend 'flashinfer' plans on the host, so no CUDA graph can hold it; capture the "
                 "triton or flex backend."
             )
-        layout, scale = check_call(q, k, v, plan, layout, scale)
         batch, _, queries, _ = q.shape
         routing = self._routings.get(
             plan,

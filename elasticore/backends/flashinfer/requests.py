@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from elasticore.layout import Segments
-from elasticore.patterns import BlockLists, Streaming
-from elasticore.plan import HeadMode
+from elasticore.patterns import BlockLists, HeadMode, Streaming
 
 __all__ = [
     "TILE",

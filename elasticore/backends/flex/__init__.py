@@ -18,7 +18,6 @@ from elasticore.attention import (
     AttentionRequest,
     HybridHeadAttention,
     Verdict,
-    check_call,
     straight_through,
 )
 from elasticore.backends.flex.arrangement import Arrangement, arrange
@@ -100,14 +99,13 @@ class FlexAttention(HybridHeadAttention):
         v: Tensor,
         plan: HeadPlan,
         *,
-        layout: SequenceLayout | None = None,
-        scale: float | None = None,
+        layout: SequenceLayout,
+        scale: float,
     ) -> Tensor:
         """See :meth:`HybridHeadAttention.attend`."""
         if q.is_cuda and q.device.index != torch.cuda.current_device():
             with torch.cuda.device(q.device):  # Triton launches on the current one
                 return self.attend(q, k, v, plan, layout=layout, scale=scale)
-        layout, scale = check_call(q, k, v, plan, layout, scale)
         gated = plan.gate is not None and plan.gate.requires_grad and torch.is_grad_enabled()
         # Both branches run where the gate wants a gradient, so every head needs its blocks.
         lists = choose_blocks(q, k, plan, layout, scale, every=gated)

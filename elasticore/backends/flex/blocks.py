@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from elasticore.backends.flex.arrangement import Arrangement
-from elasticore.patterns import BlockLists
-from elasticore.plan import HeadMode, HeadPlan
+from elasticore.patterns import BlockLists, HeadMode
+from elasticore.plan import HeadPlan
 
 __all__ = ["Blocks", "blocks_read"]
 

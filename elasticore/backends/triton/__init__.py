@@ -21,7 +21,8 @@ from elasticore.attention import (
     wants_gradients,
 )
 from elasticore.layout import SequenceLayout
-from elasticore.plan import HeadMode, HeadPlan
+from elasticore.patterns import HeadMode
+from elasticore.plan import HeadPlan
 
 __all__ = ["TritonAttention"]
 
@@ -78,8 +79,8 @@ class TritonAttention(HybridHeadAttention):
         v: Tensor,
         plan: HeadPlan,
         *,
-        layout: SequenceLayout | None = None,
-        scale: float | None = None,
+        layout: SequenceLayout,
+        scale: float,
     ) -> Tensor:
         """See :meth:`HybridHeadAttention.attend`."""
         from elasticore.backends.triton import kernels
@@ -87,8 +88,6 @@ class TritonAttention(HybridHeadAttention):
         if q.is_cuda and q.device.index != torch.cuda.current_device():
             with torch.cuda.device(q.device):  # Triton launches on the current one
                 return self.attend(q, k, v, plan, layout=layout, scale=scale)
-        layout = SequenceLayout.dense() if layout is None else layout
-        scale = q.shape[3] ** -0.5 if scale is None else scale
         segments = None
         if layout.kind != "dense":
             segments = layout.segments(q.shape[0], q.shape[2], k.shape[2], q.device)

@@ -11,7 +11,7 @@ from elasticore.backends.triton.arguments import places
 from elasticore.backends.triton.schedule import schedule
 from elasticore.backends.triton.tiles import load_rows, locate
 from elasticore.layout import Segments
-from elasticore.plan import HeadMode
+from elasticore.patterns import HeadMode
 
 __all__ = ["gate_gradient", "row_sums"]
 

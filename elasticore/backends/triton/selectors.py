@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from elasticore.backends.triton import xattention
 from elasticore.layout import SequenceLayout
-from elasticore.patterns import BlockLists, XAttention
+from elasticore.patterns import BlockLists, HeadMode, XAttention
 from elasticore.plan import HeadPlan
 
 __all__ = ["select"]
 
 
 def select(
-    q: Tensor, k: Tensor, plan: HeadPlan, layout: SequenceLayout, scale: float
+    q: Tensor,
+    k: Tensor,
+    plan: HeadPlan,
+    layout: SequenceLayout,
+    scale: float,
+    *,
+    every: bool = False,
 ) -> BlockLists:
-    """The block lists of the SELECTED heads; those of other heads may be empty.
+    """The block lists of the SELECTED heads; unless ``every``, those of other heads may be empty.
 
     A selector without a kernel runs its own :meth:`~elasticore.BlockSelector.select`, for all
     heads.
@@ -28,7 +35,7 @@ def select(
             selector,
             q,
             k,
-            plan.modes,
+            torch.full_like(plan.modes, int(HeadMode.SELECTED)) if every else plan.modes,
             segments,
             block_size=plan.block_size,
             scale=scale,

@@ -26,8 +26,7 @@ from elasticore.backends.triton.portable import tiling_of
 from elasticore.backends.triton.schedule import schedule
 from elasticore.backends.triton.tiles import FULL, LN2, load_rows, locate, visit
 from elasticore.layout import Segments
-from elasticore.patterns import BlockLists
-from elasticore.plan import HeadMode
+from elasticore.patterns import BlockLists, HeadMode
 
 __all__ = ["attention"]
 

@@ -7,7 +7,7 @@ import math
 import triton
 import triton.language as tl
 
-from elasticore.plan import HeadMode
+from elasticore.patterns import HeadMode
 
 __all__ = ["FULL", "LN2", "LOG2E", "SELECTED", "STREAMING", "load_rows", "locate", "visit"]
 

@@ -20,8 +20,8 @@ from elasticore.backends.triton.gate import gate_gradient, row_sums
 from elasticore.backends.triton.selectors import select
 from elasticore.errors import ElasticoreError, UnsupportedRequest
 from elasticore.layout import Segments, SequenceLayout
-from elasticore.patterns import BlockLists
-from elasticore.plan import HeadMode, HeadPlan
+from elasticore.patterns import BlockLists, HeadMode
+from elasticore.plan import HeadPlan
 
 __all__ = ["attention"]
 
@@ -52,15 +52,11 @@ def attention(
     gate = plan.gate if plan.gate is not None and plan.gate.requires_grad else None
     lists = None
     with torch.no_grad():
-        if gate is None:
-            if HeadMode.SELECTED in plan.lanes:
-                lists = select(q, k, plan, layout, scale)
-        elif HeadMode.SELECTED in (plan.retrieval, plan.sparse):
-            # Both branches run, so every head needs its blocks, whatever its gate says.
-            everywhere = torch.full_like(plan.modes, int(HeadMode.SELECTED))
-            lists = select(q, k, plan.with_modes(everywhere), layout, scale)
+        if HeadMode.SELECTED in plan.lanes:
+            # With a gate both branches run, so every head needs its blocks, whatever it says.
+            lists = select(q, k, plan, layout, scale, every=gate is not None)
     sink, local = plan.streaming.blocks(plan.block_size)
-    call = _Call(plan.retrieval, plan.sparse, scale, sink, local, plan.block_size)
+    call = _Call(plan.retrieval.lane, plan.sparse.lane, scale, sink, local, plan.block_size)
     out: Tensor = _Attention.apply(q, k, v, gate, plan.modes, segments, lists, call)
     return out
 

@@ -14,19 +14,18 @@ from elasticore.attention import (
     AttentionRequest,
     HybridHeadAttention,
     Verdict,
-    hybrid_head_attention,
 )
-from elasticore.backends.registry import current_backend, using_engine
 from elasticore.backends.selection import choose_blocks
+from elasticore.call import hybrid_head_attention
 from elasticore.checks import check_int
+from elasticore.choice import current_backend, using_engine
 from elasticore.eval.analysis.rows import Row
 from elasticore.eval.tasks import Sample
 from elasticore.layout import SequenceLayout
-from elasticore.models.config import ElasticConfig
-from elasticore.models.elastic import elasticize, is_elastic, restore
+from elasticore.models.elastic import Elastic, is_elastic
 from elasticore.models.families import attention_layers, is_local
-from elasticore.patterns import BlockLists
-from elasticore.plan import HeadMode, HeadPlan
+from elasticore.patterns import BlockLists, Full, HeadMode
+from elasticore.plan import HeadPlan
 from elasticore.router.policies import AllRetrieval
 
 __all__ = ["HeadFidelity", "blocks_read", "compare", "head_fidelity"]
@@ -68,7 +67,7 @@ class HeadFidelity:
 def head_fidelity(
     model: Any,
     samples: Sequence[Sample],
-    config: ElasticConfig | None = None,
+    way: Elastic | None = None,
     *,
     rows: int = 64,
     seed: int = 0,
@@ -83,9 +82,9 @@ def head_fidelity(
         is its own; else all heads run full.
     samples
         Their prompts are read, not their answers.
-    config
-        Of a model that is not elastic: what a sparse head would read; the paper's streaming by
-        default.
+    way
+        Of a model that is not elastic: its sparse pattern is what a sparse head would read; the
+        paper's streaming by default.
     rows
         Query rows of each prompt to compute, drawn without replacement; all if there are fewer.
     seed
@@ -102,7 +101,7 @@ def head_fidelity(
     ------
     ValueError
         If there is no sample, `rows` or `seed` is out of range, the model is in training mode, or
-        a config is given beside an elastic model.
+        a way is given beside an elastic model.
 
     Notes
     -----
@@ -120,7 +119,7 @@ def head_fidelity(
     generator = torch.Generator().manual_seed(seed)
     tasks: dict[str, list[list[_Seen]]] = {}
     layers = [layer for layer in attention_layers(model) if not is_local(layer)]
-    with _elastic(model, config) as routed:
+    with _elastic(model, way) as routed:
         watch = _Watch(current_backend())
         for sample in progress(samples):
             prompt = torch.as_tensor(sample.input_ids[: sample.start], device=model.device)
@@ -197,17 +196,16 @@ class _Watch(HybridHeadAttention):
         v: Tensor,
         plan: HeadPlan,
         *,
-        layout: SequenceLayout | None = None,
-        scale: float | None = None,
+        layout: SequenceLayout,
+        scale: float,
     ) -> Tensor:
         """See :meth:`HybridHeadAttention.attend`."""
-        scale = q.shape[3] ** -0.5 if scale is None else scale
         rows = self.rows.to(q.device)
         blocks = blocks_read(q, k, plan, rows // plan.block_size, scale)
         kept, difference, output = compare(
             q[0, :, rows], k[0], v[0], blocks, rows, plan.block_size, scale
         )
-        sparse = (plan.modes[0] == int(plan.sparse)).double()[:, None]
+        sparse = plan.decisions[0].double()[:, None]
         self.layers.append(_Seen(kept.cpu(), difference.cpu(), output.cpu(), sparse.cpu()))
         return hybrid_head_attention(
             q, k, v, plan, layout=layout, scale=scale, backend=self.backend
@@ -222,7 +220,7 @@ def blocks_read(q: Tensor, k: Tensor, plan: HeadPlan, row_block: Tensor, scale: 
     q, k
         ``[1, Hq, T, D]`` and ``[1, Hkv, T, D]``: one whole prompt.
     plan
-        Its sparse mode counts; ``modes`` are not read.
+        Its sparse pattern counts; ``decisions`` are not read.
     row_block
         int64 ``[rows]``.
     scale
@@ -235,12 +233,12 @@ def blocks_read(q: Tensor, k: Tensor, plan: HeadPlan, row_block: Tensor, scale: 
     """
     tokens, heads = k.shape[2], q.shape[1]
     key_block = torch.arange(-(-tokens // plan.block_size), device=q.device)
-    if plan.sparse is HeadMode.SELECTED:
+    if plan.sparse.lane is HeadMode.SELECTED:
         lists = choose_blocks(q, k, plan, SequenceLayout.dense(), scale, every=True)
         assert lists is not None
         own = BlockLists(lists.indices[:, :, row_block], lists.counts[:, :, row_block])
         return own.to_mask(len(key_block))[0]
-    if plan.sparse is HeadMode.STREAMING:
+    if plan.sparse.lane is HeadMode.STREAMING:
         read = plan.streaming.reads(row_block[:, None], key_block, plan.block_size)
     else:
         read = key_block <= row_block[:, None]
@@ -304,18 +302,13 @@ def compare(
 
 
 @contextmanager
-def _elastic(model: Any, config: ElasticConfig | None) -> Iterator[bool]:
+def _elastic(model: Any, way: Elastic | None) -> Iterator[bool]:
     """The model with elastic layers, its own or for a while; whether a router decides in them."""
     if is_elastic(model):
-        if config is not None:
-            raise ValueError("config must be None for an elastic model, which has its own.")
+        if way is not None:
+            raise ValueError("way must be None for an elastic model, which has its own.")
         yield True
         return
-    config = ElasticConfig() if config is None else config
-    config = replace(config, mode=(HeadMode.FULL, config.sparse))  # type: ignore[arg-type]
-    layers = sum(not is_local(layer) for layer in attention_layers(model))
-    elasticize(model, config, policies=[AllRetrieval() for _ in range(layers)])
-    try:
+    way = Elastic() if way is None else way
+    with replace(way, policy=AllRetrieval(), retrieval=Full(), base=None).on(model):
         yield False
-    finally:
-        restore(model)

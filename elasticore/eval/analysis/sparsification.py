@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import floor
 from typing import Any
 
@@ -14,9 +14,8 @@ from elasticore.checks import check_number
 from elasticore.eval.analysis.rows import Row
 from elasticore.eval.tasks import Sample
 from elasticore.eval.teacher_forced import Score, score
-from elasticore.models.config import ElasticConfig
-from elasticore.models.elastic import elasticize, restore
-from elasticore.router.policies import fixed_policies
+from elasticore.models.elastic import Elastic
+from elasticore.router.tables import HeadTable
 
 __all__ = ["Step", "progressive_sparsification", "ranked_table"]
 
@@ -85,7 +84,7 @@ def progressive_sparsification(
     scores: Tensor,
     *,
     ratios: Sequence[float] = RATIOS,
-    config: ElasticConfig | None = None,
+    way: Elastic | None = None,
     batch_size: int = 1,
     step: Callable[[str], None] = lambda text: None,
 ) -> list[Step]:
@@ -101,8 +100,8 @@ def progressive_sparsification(
         ``[layers, kv_heads]`` of the layers that can be elastic: which heads to keep longest.
     ratios
         Values of Ω_MSR; 0 is measured in any case, as what the others are compared with.
-    config
-        What a sparse head reads; the paper's streaming by default.
+    way
+        What a head reads in either way, whatever its policy; the paper's FA-SSA by default.
     batch_size
         Prompts per forward.
     step
@@ -113,16 +112,14 @@ def progressive_sparsification(
     list of Step
         By ratio, then by task in the order of the samples.
     """
+    way = Elastic() if way is None else way
     results: list[Step] = []
     full: dict[str, float] = {}
     for msr in sorted({0.0, *ratios}):
         table = ranked_table(scores, msr)
         step(f"Ω_MSR = {msr:g}: {int(table.sum())} of {table.numel()} heads sparse")
-        elasticize(model, config, policies=fixed_policies(table))
-        try:
+        with replace(way, policy=HeadTable(table), base=None).on(model):
             found = score(model, samples, batch_size=batch_size)
-        finally:
-            restore(model)
         for task in dict.fromkeys(sample.task for sample in samples):
             own = [(s, f) for s, f in zip(samples, found, strict=True) if s.task == task]
             value = _mean([_score(sample, one) for sample, one in own])

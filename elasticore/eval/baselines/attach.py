@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from elasticore.errors import UnsupportedModel
+from elasticore.layout import SequenceLayout
 from elasticore.models.families import attention_layers, family_of, is_local
 from elasticore.models.function import mask_function
-from elasticore.models.layouts import layout_of
+from elasticore.models.layouts import read_layout
 from elasticore.models.versions import CACHE
 
 __all__ = ["Call", "attend_with"]
@@ -60,13 +61,13 @@ class _Slot:
     module: nn.Module
     rotary: nn.Module
     hidden: Tensor | None = None
-    past: int = 0
+    past: int | None = None
 
     def before(self, attention: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: note what the layer reads, and the cache as it is before this pass."""
         self.hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         cache = kwargs.get(CACHE)
-        self.past = 0 if cache is None else int(cache.get_seq_length(int(attention.layer_idx)))  # type: ignore[arg-type]
+        self.past = None if cache is None else int(cache.get_seq_length(int(attention.layer_idx)))  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -142,35 +143,46 @@ def _attend(
     hidden, slot.hidden = slot.hidden, None
     assert hidden is not None
     batch, _, queries, head_dim = query.shape
-    layout = layout_of(
+    past = slot.past or 0
+    seen = past + queries
+    made = read_layout(
         attention_mask,
         kwargs.get("position_ids"),
         kwargs.get("cu_seq_lens_q"),
         kwargs.get("cu_seq_lens_k"),
         batch=batch,
         queries=queries,
-        keys=key.shape[2],
-        past=slot.past,
+        seen=seen,
+        cached=slot.past is not None,
         device=query.device,
     )
-    segments = layout.segments(batch, queries, key.shape[2], query.device)
     position_ids = kwargs.get("position_ids")
     if position_ids is None:
-        position_ids = slot.past + torch.arange(queries, device=query.device)[None]
+        position_ids = past + torch.arange(queries, device=query.device)[None]
     position_ids = position_ids.expand(batch, -1)
-    out = torch.zeros_like(query)
-    for row, start, length, k_start, k_length in torch.stack(segments, 1).tolist():
-        if length == 0:
-            continue
-        own, keys = slice(start, start + length), slice(k_start, k_start + k_length)
-        call = Call(
-            query[row : row + 1, :, own],
-            key[row : row + 1, :, keys],
-            value[row : row + 1, :, keys],
-            hidden[row, own],
-            int(position_ids[row, start]) - (k_length - length),
-            head_dim**-0.5 if scaling is None else scaling,
-            slot.rotary,
-        )
-        out[row : row + 1, :, own] = slot.module(call)
+    if made.order is not None:  # the queries come in this order
+        position_ids = position_ids.gather(1, made.order)
+        hidden = hidden.gather(1, made.order[..., None].expand_as(hidden))
+
+    def run(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> Tensor:
+        out = torch.zeros_like(q)
+        segments = layout.segments(batch, queries, k.shape[2], q.device)
+        for row, start, length, k_start, k_length in torch.stack(segments, 1).tolist():
+            if length == 0:
+                continue
+            own, keys = slice(start, start + length), slice(k_start, k_start + k_length)
+            call = Call(
+                q[row : row + 1, :, own],
+                k[row : row + 1, :, keys],
+                v[row : row + 1, :, keys],
+                hidden[row, own],
+                int(position_ids[row, start]) - (k_length - length),
+                head_dim**-0.5 if scaling is None else scaling,
+                slot.rotary,
+            )
+            out[row : row + 1, :, own] = slot.module(call)
+        return out
+
+    # A preallocated cache is longer than what has been seen so far.
+    out = made.attend(run, query, key[:, :, :seen], value[:, :, :seen])
     return out.transpose(1, 2).contiguous(), None

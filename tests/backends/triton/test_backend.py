@@ -15,7 +15,8 @@ import elasticore as ec
 from elasticore import testing
 from elasticore.backends import triton as backend
 from elasticore.backends.triton import kernels
-from elasticore.testing.cases import Case
+from elasticore.testing.cases import PAIRS, Case
+from tests.plans import pair_of, plan_of
 
 GPU = torch.cuda.is_available()
 DTYPES = [torch.bfloat16, torch.float16, torch.float32] if GPU else [torch.float16, torch.float32]
@@ -88,7 +89,7 @@ def inputs(
 def run(x: list[Tensor], modes: list[list[int]], **settings: object) -> Tensor:
     settings = {"streaming": ec.Streaming(SIZE, 2 * SIZE), "block_size": SIZE, **settings}
     layout = settings.pop("layout", None)
-    plan = ec.HeadPlan(torch.tensor(modes, dtype=torch.int8, device=x[0].device), **settings)  # type: ignore[arg-type]
+    plan = plan_of(torch.tensor(modes, device=x[0].device), **settings)  # type: ignore[arg-type]
     return ec.hybrid_head_attention(*x, plan, layout=layout, backend="triton")  # type: ignore[arg-type]
 
 
@@ -175,11 +176,7 @@ def check_against_serial(x: list[Tensor]) -> None:
     modes = [[0, 1, 1, 0]]
     exact = ec.hybrid_head_attention(
         *(t.double().cpu() for t in x),
-        ec.HeadPlan(
-            torch.tensor(modes, dtype=torch.int8),
-            streaming=ec.Streaming(SIZE, 2 * SIZE),
-            block_size=SIZE,
-        ),
+        plan_of(modes, ec.Streaming(SIZE, 2 * SIZE), block_size=SIZE),
         backend="serial",
     )
     # Weights and output are rounded to float16, 2^-11 each, and values reach about 4.
@@ -207,9 +204,7 @@ def test_prompts_inside_the_window(length: int) -> None:
     wide = run(x, [[0, 1, 1, 0]])
     exact = ec.hybrid_head_attention(
         *(t.double().cpu() for t in x),
-        ec.HeadPlan(
-            torch.tensor([[0, 1, 1, 0]], dtype=torch.int8), streaming=ec.Streaming(128, 256)
-        ),
+        plan_of([[0, 1, 1, 0]], ec.Streaming(128, 256)),
         backend="serial",
     )
     # Weights and output are rounded to float16, 2^-11 each, and values reach about 4.
@@ -233,26 +228,30 @@ def test_compiles_into_one_graph(device: str) -> None:
     x = inputs(device, length=2 * SIZE + 3)
     every = torch.ones(3, 3, dtype=torch.bool, device=device).tril()
 
-    def layer(*x: Tensor, modes: Tensor, selector: ec.BlockSelector) -> Tensor:
-        plan = ec.HeadPlan(modes, selector=selector, block_size=SIZE, check=False)
+    def layer(*x: Tensor, decisions: Tensor, pair: tuple[ec.Pattern, ec.Pattern]) -> Tensor:
+        plan = ec.HeadPlan(decisions, *pair, block_size=SIZE, check=False)
         return 2 * ec.hybrid_head_attention(*x, plan, backend="triton")
 
     torch.compiler.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    modes = torch.tensor([[0, 1, 2, 0]], dtype=torch.int8, device=device)
-    for selector in (ec.XAttention(), Listed(every)):
-        expected = layer(*x, modes=modes, selector=selector)
-        assert torch.equal(compiled(*x, modes=modes, selector=selector), expected)
+    decisions = torch.tensor([[0, 1, 1, 0]], dtype=torch.int8, device=device)
+    for pair in (
+        (ec.Full(), ec.XAttention()),
+        (Listed(every), ec.Streaming(SIZE, 2 * SIZE)),
+        (ec.Full(), ec.Streaming(SIZE, SIZE)),
+    ):
+        expected = layer(*x, decisions=decisions, pair=pair)
+        assert torch.equal(compiled(*x, decisions=decisions, pair=pair), expected)
 
 
 def test_an_operator_as_pytorch_checks_it(device: str) -> None:
     from elasticore import operator
 
     x = inputs(device, length=SIZE)
-    modes = torch.zeros(1, 4, dtype=torch.int8, device=device)
+    decisions = torch.zeros(1, 4, dtype=torch.int8, device=device)
     none = [None] * 5
     call = (
-        *x, modes, 0, 1, SIZE, SIZE, SIZE, None, None, 0, 0.0, False, 0, "dense", *none, 0.1,
+        *x, decisions, 0, 1, SIZE, SIZE, SIZE, None, None, 0, 0.0, False, 0, "dense", *none, 0.1,
         "triton",
     )  # fmt: skip
     torch.library.opcheck(operator._hybrid_head_attention, call)
@@ -277,10 +276,13 @@ def test_auto_does_not_interpret(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.gpu
-def test_captures_into_a_cuda_graph_and_never_waits(kernel: str) -> None:
+@pytest.mark.parametrize("lanes", PAIRS)
+def test_captures_into_a_cuda_graph_and_never_waits(
+    kernel: str, lanes: tuple[ec.HeadMode, ec.HeadMode]
+) -> None:
     x = inputs("cuda")
-    modes = torch.tensor([[0, 1, 2, 0]], dtype=torch.int8, device="cuda")
-    plan = ec.HeadPlan(modes, selector=ec.XAttention())
+    decisions = torch.tensor([[0, 1, 1, 0]], dtype=torch.int8, device="cuda")
+    plan = ec.HeadPlan(decisions, *pair_of(lanes, selector=ec.XAttention()))
 
     def call() -> Tensor:
         return ec.hybrid_head_attention(*x, plan, backend="triton")
@@ -294,8 +296,8 @@ def test_captures_into_a_cuda_graph_and_never_waits(kernel: str) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = call()
-    for row in ([0, 1, 2, 0], [1, 1, 0, 2]):
-        modes.copy_(torch.tensor([row]))
+    for row in ([0, 1, 1, 0], [1, 1, 0, 1]):
+        decisions.copy_(torch.tensor([row]))
         expected = call()
         graph.replay()
         assert torch.equal(out, expected)
@@ -318,7 +320,7 @@ def test_more_than_two_billion_elements(kernel: str, order: str) -> None:
     plan = ec.HeadPlan(torch.ones(1, heads, dtype=torch.int8, device="cuda"))
     out = ec.hybrid_head_attention(x, x, x, plan, backend="triton")
     alone = ec.hybrid_head_attention(
-        last, last, last, ec.HeadPlan(plan.modes[:, :1].contiguous()), backend="triton"
+        last, last, last, ec.HeadPlan(plan.decisions[:, :1].contiguous()), backend="triton"
     )
     assert torch.equal(out[:, -1:], alone)
 

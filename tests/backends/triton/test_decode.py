@@ -12,6 +12,7 @@ from torch import Tensor
 
 from elasticore import HeadMode, HeadPlan, SequenceLayout, Streaming, testing
 from elasticore.testing import Problem, ScatteredBlocks
+from tests.plans import Mixed
 
 decode = pytest.importorskip("elasticore.backends.triton.decode", reason="needs triton")
 
@@ -69,7 +70,7 @@ def make_problem(
     batch, total, width = axis
     q = draw(batch, heads, total, dim, seed=0, dtype=dtype).to(device)
     k, v = (draw(batch, len(modes[0]), width, dim, seed=s, dtype=dtype).to(device) for s in (1, 2))
-    plan = HeadPlan(
+    plan: Any = Mixed(
         torch.tensor(modes, dtype=torch.int8, device=device),
         streaming=streaming or Streaming(16, 32),
         selector=ScatteredBlocks(share=0.4),

@@ -38,7 +38,7 @@ SMALL = [
 
 def problem(pair: str = "fa-ssa", case: Case = SMALL[2], dtype: torch.dtype = torch.float16,
             device: str = "cpu") -> Problem:  # fmt: skip
-    return testing.make_problem(case, dtype=dtype, device=device, gate=PAIRS[pair])
+    return testing.make_problem(case, dtype=dtype, device=device, lanes=PAIRS[pair], gated=True)
 
 
 def inputs(problem: Problem) -> tuple[Tensor, ...]:
@@ -76,18 +76,21 @@ def test_gradients(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(kernels, "choose_training", lambda *_, **__: kernels.TRAINING[kernel])
-    testing.check_gradients("triton", case, modes=PAIRS[pair], dtype=dtype, device=device)
+    testing.check_gradients("triton", case, lanes=PAIRS[pair], dtype=dtype, device=device)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("pair", PAIRS)
 def test_two_runs_have_the_same_bits(pair: str, fit: Fit) -> None:
     case = Case("left", 4, 128, 2177, "all", "128")
-    testing.check_repeatable("triton", case, modes=PAIRS[pair], dtype=torch.float16, device="cuda")
+    how = {"lanes": PAIRS[pair], "gradients": True, "dtype": torch.float16, "device": "cuda"}
+    testing.check_repeatable("triton", case, **how)
 
 
-def test_without_a_gate_every_lane_goes_backward(device: str) -> None:
-    plain = testing.make_problem(SMALL[3], dtype=torch.float32, device=device)
+@pytest.mark.parametrize("pair", PAIRS)
+def test_without_a_gate_every_lane_goes_backward(pair: str, device: str) -> None:
+    lanes = PAIRS[pair]
+    plain = testing.make_problem(SMALL[3], dtype=torch.float32, device=device, lanes=lanes)
     x = [t.detach().requires_grad_() for t in plain[:3]]
     plain = plain._replace(q=x[0], k=x[1], v=x[2])
     weight = noise(plain)
@@ -177,7 +180,7 @@ def test_the_gate_s_gradient_is_within_a_thousandth(fit: Fit, device: str) -> No
     for dtype in DTYPES[:2] if GPU else DTYPES[:1]:
         p = problem("fa-ssa", case, dtype, device)
         size = p.plan.block_size
-        narrow = dataclasses.replace(p.plan, streaming=ec.Streaming(0, size), check=False)
+        narrow = dataclasses.replace(p.plan, sparse=ec.Streaming(0, size), check=False)
         p = p._replace(plan=narrow)
         weight, gate = noise(p), inputs(p)[3]
         (ours,) = grad(p.run("triton"), gate, weight)
@@ -195,7 +198,7 @@ def test_the_gate_s_gradient_is_within_a_thousandth(fit: Fit, device: str) -> No
 def test_the_gate_s_gradient_is_zero_where_the_branches_agree(fit: Fit, device: str) -> None:
     p = problem(case=fit(SMALL[2]), device=device)
     size = p.plan.block_size
-    wide = dataclasses.replace(p.plan, streaming=ec.Streaming(size, 3 * size), check=False)
+    wide = dataclasses.replace(p.plan, sparse=ec.Streaming(size, 3 * size), check=False)
     (gate,) = grad(p._replace(plan=wide).run("triton").sum(), inputs(p)[3])
     assert not gate.any()
 

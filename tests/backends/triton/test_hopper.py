@@ -19,6 +19,7 @@ from elasticore import HeadMode, testing
 from elasticore.backends.triton import kernels
 from elasticore.backends.triton.hopper import memory
 from elasticore.testing import Case
+from tests.plans import mixed
 
 COMPILE = """
 import importlib
@@ -126,7 +127,7 @@ def test_many_runs_have_the_same_bits(case: Case, listed: bool) -> None:
     """A race would break it: who reads shared memory too early or too late sees other bits."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a Hopper GPU (compute capability 9.0)")
-    p = testing.make_problem(case, dtype=torch.bfloat16, device="cuda")
+    p = mixed(testing.make_problem(case, dtype=torch.bfloat16, device="cuda"))
     x = p.q, p.k, p.v
     modes, segments, lists = p.plan.modes, None, None
     if case.layout != "dense":

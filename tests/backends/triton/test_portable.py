@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from elasticore import HeadMode, HeadPlan, SequenceLayout, Streaming, testing
+from elasticore import HeadMode, SequenceLayout, Streaming, testing
 from elasticore.patterns import BlockLists
 from elasticore.testing import Case, Problem, ScatteredBlocks
+from tests.plans import Mixed, mixed
 
 triton = pytest.importorskip("triton", reason="needs triton")
 portable = pytest.importorskip("elasticore.backends.triton.portable", reason="needs triton")
@@ -73,7 +74,7 @@ def make_problem(
     heads = len(modes[0])
     q = draw(rows, heads * group, queries or keys, dim, dtype=dtype, device=device)
     k, v = (draw(rows, heads, keys, dim, dtype=dtype, device=device, seed=s) for s in (1, 2))
-    plan = HeadPlan(
+    plan: Any = Mixed(
         torch.tensor(modes, dtype=torch.int8, device=device),
         streaming=streaming or Streaming(block_size, 2 * block_size),
         selector=ScatteredBlocks(share=0.4),
@@ -84,7 +85,7 @@ def make_problem(
 
 def uniform(problem: Problem, mode: int, **settings: Any) -> Problem:
     """The problem with all heads in one mode."""
-    plan = dataclasses.replace(problem.plan, check=True, **settings)
+    plan = dataclasses.replace(problem.plan, **settings)
     return problem._replace(plan=plan.with_modes(torch.full_like(plan.modes, int(mode))))
 
 
@@ -214,7 +215,7 @@ def test_head_dims_that_are_padded(dim: int, dtype: torch.dtype, device: str) ->
 )
 def test_every_layout(case: Case, dtype: torch.dtype, load: str, device: str) -> None:
     """Three sequences, routed differently, with NaN wherever no sequence owns a place."""
-    problem = testing.make_problem(case, dtype=dtype, device=device)
+    problem = mixed(testing.make_problem(case, dtype=dtype, device=device))
     owned_q, owned_k = (
         torch.zeros(x.shape[0], x.shape[2], dtype=torch.bool, device=device) for x in problem[:2]
     )
@@ -345,9 +346,8 @@ def test_a_head_does_not_depend_on_the_modes_of_others(dtype: torch.dtype, devic
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["dense", "left", "right", "packed"])
 def test_a_sequence_gives_what_it_gives_alone(layout: str, dtype: torch.dtype, device: str) -> None:
-    problem = testing.make_problem(
-        Case(layout, 2, 32, 90, "some", "32"), dtype=dtype, device=device
-    )
+    case = Case(layout, 2, 32, 90, "some", "32")
+    problem = mixed(testing.make_problem(case, dtype=dtype, device=device))
     together = run(problem)
     assert all(map(torch.equal, run(problem), together)), "two runs differ"
     for index, (row, q_start, q_length, k_start, k_length) in enumerate(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
 from typing import Any
 
@@ -11,9 +10,10 @@ import torch
 from torch import Tensor
 
 import elasticore as ec
-from elasticore import HeadMode, testing
+from elasticore import HeadMode, HeadPlan, testing
 from elasticore.backends.triton.hopper import dkv, dq, forward, snapshot
 from elasticore.testing import Case
+from tests.plans import pair_of
 
 from . import emulator
 
@@ -47,8 +47,10 @@ def close(ours: Tensor | None, exact: Tensor) -> None:
 @pytest.mark.parametrize("seed", range(len(CASES)))
 def test_no_order_of_events_matters(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case, pair = CASES[seed]
-    p = testing.make_problem(case, dtype=torch.float16, gate=pair)
-    plan = dataclasses.replace(p.plan, streaming=ec.Streaming(128 * (seed % 2), 128), check=False)
+    p = testing.make_problem(case, dtype=torch.float16, lanes=pair, gated=True)
+    assert p.plan.gate is not None
+    short = ec.Streaming(128 * (seed % 2), 128)
+    plan = HeadPlan.from_gate(p.plan.gate, *pair_of(pair, short), block_size=128)
     p = p._replace(plan=plan)
     segments = p.segments()
     inside = torch.zeros(p.q.shape[0], p.k.shape[2], dtype=torch.bool)
@@ -59,8 +61,8 @@ def test_no_order_of_events_matters(seed: int, monkeypatch: pytest.MonkeyPatch) 
     def poisoned(x: Tensor) -> Tensor:
         return x.detach().masked_fill(outside[:, :, -x.shape[2] :], torch.nan)
 
-    def dense(modes: Tensor) -> Tensor:
-        return testing.dense_attention(p._replace(plan=plan.with_modes(modes)))
+    def dense(decisions: Tensor) -> Tensor:
+        return testing.dense_attention(p._replace(plan=plan.with_decisions(decisions)))
 
     if case.layout == "packed":
         q, k, v = p.q.detach(), p.k.detach(), p.v.detach()
@@ -72,7 +74,7 @@ def test_no_order_of_events_matters(seed: int, monkeypatch: pytest.MonkeyPatch) 
         assert plan.selector is not None
         lists = plan.selector.select(q, k, segments, block_size=128, scale=p.scale)
     call = (q, k, v, plan.modes, None if case.layout == "dense" else segments, lists)
-    exact = dense(plan.modes)
+    exact = dense(plan.decisions)
 
     emulate(monkeypatch, seed)
     out, lse = forward.attention(*call, **settings)
@@ -80,7 +82,7 @@ def test_no_order_of_events_matters(seed: int, monkeypatch: pytest.MonkeyPatch) 
     if pair[0] is FULL:
         both = snapshot.attention(*call, sparse=pair[1], both=True, **settings)
         close(both[0], exact)
-        close(both[1], dense(plan.swapped().modes))
+        close(both[1], dense(plan.swapped().decisions))
         alone = snapshot.attention(*call, sparse=pair[1], both=False, **settings)
         assert torch.equal(alone[0], both[0])
         assert torch.equal(alone[2], both[2])

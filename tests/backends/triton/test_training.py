@@ -27,7 +27,7 @@ SMALL = Case("right", 1, 32, 101, "some", "32")
 
 def problem(pair: str = "fa-ssa", case: Case = SMALL, dtype: torch.dtype = torch.float16,
             device: str = "cpu") -> Problem:  # fmt: skip
-    return testing.make_problem(case, dtype=dtype, device=device, gate=PAIRS[pair])
+    return testing.make_problem(case, dtype=dtype, device=device, lanes=PAIRS[pair], gated=True)
 
 
 def inputs(problem: Problem) -> tuple[Tensor, ...]:
@@ -193,8 +193,8 @@ def test_a_model_trains_as_on_the_serial_backend(
 
     def step(backend: str) -> tuple[Tensor, list[Tensor]]:
         torch.manual_seed(1)
-        settings = ec.ElasticConfig(sink=16, local=32, block_size=16)
-        model = ec.elasticize(copy.deepcopy(backbone).to(device), settings).train()
+        way = ec.Elastic(sparse=ec.Streaming(16, 32))
+        model = ec.elasticize(copy.deepcopy(backbone).to(device), way).train()
         if checkpointing:
             # The new name of transformers 5.2x, or the old one.
             enable = getattr(model, "activation_checkpointing_enable", None)
@@ -222,7 +222,12 @@ def test_a_model_trains_as_on_the_serial_backend(
 @pytest.mark.parametrize("layout", ["dense", "packed"])
 def test_training_never_waits(pair: str, layout: str, fit: Fit) -> None:
     p = problem(pair, Case(layout, 4, 128, 2177, "all", "128"), torch.bfloat16, "cuda")
-    plan = dataclasses.replace(p.plan, selector=ec.XAttention(), check=False)
+    chosen = {
+        name: ec.XAttention()
+        for name in ("retrieval", "sparse")
+        if isinstance(getattr(p.plan, name), ec.BlockSelector)
+    }
+    plan = dataclasses.replace(p.plan, **chosen, check=False)
     p = p._replace(plan=plan)
     weight = noise(p)
     grad(p.run("triton"), inputs(p), weight)

@@ -17,6 +17,7 @@ from elasticore.backends.triton import xattention
 from elasticore.layout import Segments
 from elasticore.patterns import BlockLists
 from elasticore.testing import Case, ScatteredBlocks
+from tests.plans import mixed
 
 EPS = torch.finfo(torch.float32).eps
 DTYPES = [torch.float32, torch.float16]  # Triton's interpreter computes bfloat16 wrongly
@@ -211,7 +212,7 @@ def test_lists_are_those_of_the_definition(
 @pytest.mark.parametrize("queries", ["all", "some", "one"])
 def test_every_layout(layout: str, queries: str, device: str) -> None:
     """Three sequences with modes of their own, and NaN wherever there is none."""
-    problem = testing.make_problem(Case(layout, 1, 32, 70, queries, "32"), device=device)
+    problem = mixed(testing.make_problem(Case(layout, 1, 32, 70, queries, "32"), device=device))
     q, k = problem.q, 3 * problem.k
     selector, modes = XAttention(8, 0.6), problem.plan.modes
     expected = select(selector, q, k, block=32, layout=problem.layout, modes=modes)

@@ -105,6 +105,48 @@ def test_padding_changes_nothing(name: str, shifted: bool) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", MODULES)
+def test_padding_between_tokens_changes_nothing(name: str) -> None:
+    model, ids = tiny(), tokens(1, 60)
+    mask = torch.ones(2, 71, dtype=torch.long)
+    mask[1, 20:31] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    other = tokens(1, 71)
+    both = torch.cat([other, torch.cat([ids[:, :20], other[:, :11], ids[:, 20:]], 1)])
+    with attend_with(model, MODULES[name]()):
+        alone = model(ids).logits[0]
+        first = model(both[:, :50], attention_mask=mask[:, :50], position_ids=positions[:, :50])
+        rest = model(
+            both[:, 50:],
+            attention_mask=mask,
+            position_ids=positions[:, 50:],
+            **{CACHE: getattr(first, CACHE)},
+        )
+        whole = model(other).logits[0]
+    found = torch.cat([first.logits, rest.logits], 1)
+    assert torch.allclose(found[0], whole, atol=1e-9)
+    assert torch.allclose(found[1][mask[1].bool()], alone, atol=1e-9)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODULES)
+def test_a_preallocated_cache_changes_nothing(name: str) -> None:
+    model, ids = tiny(), tokens(1, 40)
+    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    with attend_with(model, MODULES[name]()):
+        plain, static = (
+            model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                **settings,
+                **({"cache_implementation": kind} if kind else {}),
+            )
+            for kind in (None, "static")
+        )
+    assert torch.equal(static, plain)
+
+
+@torch.no_grad()
 def test_packed_sequences_are_each_their_own() -> None:
     model, one, two = tiny(), tokens(1, 40), tokens(1, 33)
     positions = torch.cat([torch.arange(40), torch.arange(33)])[None]

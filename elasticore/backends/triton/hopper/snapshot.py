@@ -49,8 +49,7 @@ from elasticore.backends.triton.outputs import outputs
 from elasticore.backends.triton.schedule import schedule
 from elasticore.backends.triton.tiles import FULL, LN2, LOG2E
 from elasticore.layout import Segments
-from elasticore.patterns import BlockLists
-from elasticore.plan import HeadMode
+from elasticore.patterns import BlockLists, HeadMode
 
 __all__ = ["attention"]
 

@@ -45,10 +45,9 @@ class ExampleAttention(HybridHeadAttention):
         v: Tensor,
         plan: HeadPlan,
         *,
-        layout: SequenceLayout | None = None,
-        scale: float | None = None,
+        layout: SequenceLayout,
+        scale: float,
     ) -> Tensor:
-        layout = SequenceLayout.dense() if layout is None else layout
         out = masked_attention(q, k, v, plan, layout, scale)
         if plan.gate is None or not (plan.gate.requires_grad and torch.is_grad_enabled()):
             return out
@@ -63,10 +62,9 @@ def masked_attention(
     v: Tensor,
     plan: HeadPlan,
     layout: SequenceLayout,
-    scale: float | None,
+    scale: float,
 ) -> Tensor:
     """Each sequence on its own slice of the batch; queries of padding stay zero."""
-    scale = q.shape[3] ** -0.5 if scale is None else scale
     segments = layout.segments(q.shape[0], q.shape[2], k.shape[2], q.device)
     lists = None
     if plan.selector is not None:

@@ -21,8 +21,8 @@ def good() -> Call:
     return {"q": q, "k": k, "v": k.clone(), "plan": plan, "backend": "serial"}
 
 
-def with_modes(call: Call, *modes: list[int]) -> Call:
-    return {"plan": call["plan"].with_modes(torch.tensor(modes, dtype=torch.int8))}
+def with_decisions(call: Call, *rows: list[int]) -> Call:
+    return {"plan": call["plan"].with_decisions(torch.tensor(rows, dtype=torch.int8))}
 
 
 BAD: dict[str, tuple[Callable[[Call], Call], type[Exception], str]] = {
@@ -40,9 +40,9 @@ BAD: dict[str, tuple[Callable[[Call], Call], type[Exception], str]] = {
         ValueError,
         "k needs at least as many",
     ),
-    "modes": (lambda c: with_modes(c, [0, 1, 0]), ValueError, "plan.modes must be"),
-    "sequences": (lambda c: with_modes(c, [0, 1], [0, 1]), ValueError, "plan.modes must be"),
-    "plan": (lambda c: {"plan": c["plan"].modes}, TypeError, "plan must be a HeadPlan"),
+    "decisions": (lambda c: with_decisions(c, [0, 1, 0]), ValueError, "plan.decisions must be"),
+    "sequences": (lambda c: with_decisions(c, [0, 1], [0, 1]), ValueError, "plan.decisions must"),
+    "plan": (lambda c: {"plan": c["plan"].decisions}, TypeError, "plan must be a HeadPlan"),
     "layout": (lambda c: {"layout": "dense"}, TypeError, "layout must be"),
     "layout's end": (
         lambda c: {"layout": ec.SequenceLayout.packed(torch.tensor([0, 41]))},

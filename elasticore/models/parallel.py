@@ -28,8 +28,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from elasticore.models.elastic import routers
-from elasticore.models.state import STATE
+from elasticore.models.attach import backbone_of, state_of
+from elasticore.models.attached import ROUTER, STATE, STATE_PARALLEL, LayerState
 from elasticore.models.versions import CACHE
 from elasticore.router import AttentionRouter
 
@@ -90,7 +90,7 @@ class SequenceParallel:
         """Make an elastic model expect slices, until it is restored.
 
         Its passes then take this process's slice of packed sequences, their positions, and the
-        cumulative lengths of the whole batch. :func:`elasticore.routings` are those of this
+        cumulative lengths of the whole batch. A pass's ``routings`` are those of this
         process's heads, a block of ``kv_heads / size`` in order.
 
         Raises
@@ -99,13 +99,13 @@ class SequenceParallel:
             If the model is not elastic, has layers that it keeps inside a window of its own, runs
             other policies than routers, or its KV heads cannot be shared out evenly.
         """
-        for router in routers(model):
+        state = state_of(model)
+        for router in (getattr(layer, ROUTER) for layer in state.layers):
             if not isinstance(router, AttentionRouter):
                 raise ValueError(
                     f"model runs the policy {type(router).__name__}; sequence parallelism needs "
                     "AttentionRouters, which decide for each head by itself."
                 )
-        state = getattr(model, STATE)
         if state.local_layers:
             raise ValueError(
                 f"model keeps {state.local_layers} layers inside a sliding window of its own; they "
@@ -118,7 +118,10 @@ class SequenceParallel:
                 f"sequence parallelism over {self.size} processes cannot share out the model's "
                 f"{heads} KV heads; sizes that work: {sizes}."
             )
-        state.sequence_parallel = self
+        setattr(backbone_of(model).base_model, STATE_PARALLEL, self)
+        for layer in state.layers:
+            one: LayerState = getattr(layer, STATE)
+            one.parallel = self
 
     def check(self, arguments: Mapping[str, Any]) -> None:
         """Raise ``ValueError`` unless a base model's arguments are those of a slice."""

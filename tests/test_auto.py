@@ -27,10 +27,12 @@ from elasticore import (
     hybrid_head_attention,
     register_backend,
 )
-from elasticore.backends import auto, costs, registry
-from elasticore.backends.registry import choose
+from elasticore import choice as module
+from elasticore.backends import costs
+from elasticore.backends.registry import BACKENDS
 from elasticore.backends.serial import SerialAttention
 from elasticore.backends.typical import example_request, typical_requests
+from elasticore.choice import choose, fastest
 
 pytestmark = pytest.mark.usefixtures("clean_registry")
 
@@ -151,9 +153,9 @@ def test_there_are_no_times_for_a_device_that_was_not_measured(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert costs.estimate("serial", example_request()) is None  # on a CPU
-    monkeypatch.setattr(costs, "family", lambda device: "1.0")
+    monkeypatch.setattr(costs, "capability", lambda device: "1.0")
     assert costs.estimate("triton", example_request()) is None
-    monkeypatch.setattr(costs, "family", lambda device: "9.0")
+    monkeypatch.setattr(costs, "capability", lambda device: "9.0")
     assert costs.estimate("nobody", example_request()) is None
     assert costs.estimate("triton", example_request(queries=2**21, keys=2**21)) is None
 
@@ -165,7 +167,7 @@ def test_the_table_in_the_package_holds_positive_times() -> None:
     assert "9.0" in table["milliseconds"]
     for kinds in table["milliseconds"].values():
         for engines in kinds.values():
-            assert set(engines) <= set(registry._BUILT_IN)
+            assert set(engines) <= set(BACKENDS.built_in)
             for points in engines.values():
                 assert points
                 assert all(int(n) > 0 and ms > 0 for n, ms in points.items())
@@ -174,11 +176,11 @@ def test_the_table_in_the_package_holds_positive_times() -> None:
 def test_long_prompts_on_a_hopper_gpu_go_to_the_fused_backend(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(costs, "family", lambda device: "9.0")
+    monkeypatch.setattr(costs, "capability", lambda device: "9.0")
     request = typical_requests(torch.device("cuda"))["prefill 64K"]
-    estimates = {name: costs.estimate(name, request) for name in registry._BUILT_IN}
+    estimates = {name: costs.estimate(name, request) for name in BACKENDS.built_in}
     assert estimates["triton"] is not None
-    assert auto.fastest(estimates) == "triton"
+    assert fastest(estimates) == "triton"
 
 
 # --- Which one -----------------------------------------------------------------------------------
@@ -194,7 +196,7 @@ choices = st.lists(st.none() | known, min_size=1, max_size=6).map(
 def test_the_first_wins_unless_another_is_known_to_be_faster(
     estimates: dict[str, float | None],
 ) -> None:
-    best = auto.fastest(estimates)
+    best = fastest(estimates)
     first = next(iter(estimates))
     if estimates[first] is None:
         assert best == first
@@ -208,11 +210,11 @@ def test_the_choice_is_monotone(
     estimates: dict[str, float | None], share: float, extra: float | None
 ) -> None:
     """Who becomes faster stays chosen, and who joins at the end is taken only if it is faster."""
-    best = auto.fastest(estimates)
+    best = fastest(estimates)
     ms = estimates[best]
     if ms is not None:
-        assert auto.fastest({**estimates, best: ms * share}) == best
-    joined = auto.fastest({**estimates, "late": extra})
+        assert fastest({**estimates, best: ms * share}) == best
+    joined = fastest({**estimates, "late": extra})
     faster = ms is not None and extra is not None and extra < ms
     assert joined == ("late" if faster else best)
 
@@ -243,7 +245,7 @@ def test_where_nothing_was_measured_the_default_order_decides(quick: type[Quick]
 
 
 def test_the_order_of_the_built_in_backends_is_that_of_the_documentation() -> None:
-    assert tuple(registry._BUILT_IN) == ("triton", "flashinfer", "flex", "serial")
+    assert tuple(BACKENDS.built_in) == ("triton", "flashinfer", "flex", "serial")
 
 
 @pytest.mark.usefixtures("measured")
@@ -305,10 +307,10 @@ def test_what_changes_is_noticed(quick: type[Quick]) -> None:
     quick.here = False
     assert choose(None, example_request()).name == "serial"
     quick.here = True
-    elasticore.backends()  # asks afresh
+    elasticore.list_backends()  # asks afresh
     assert choose(None, example_request()).name == "quick"
     quick.here = False
-    elasticore.backends()
+    elasticore.list_backends()
     assert choose(None, example_request()).name == "serial"
     register_backend("quick", type("Better", (Quick,), {"ms": 1.0}), replace=True)
     assert choose(None, example_request()).reason == "estimated at 1 ms; serial 5"
@@ -323,10 +325,10 @@ def test_a_refusal_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "REMEMBERED", 8)
+    monkeypatch.setattr(module, "REMEMBERED", 8)
     for keys in range(1, 100):  # as a long generation does
         choose(None, example_request(queries=1, keys=keys))
-        assert len(registry._chosen) <= 8
+        assert len(module._chosen) <= 8
 
 
 # --- The device is not read ----------------------------------------------------------------------
@@ -344,21 +346,21 @@ class NothingIsRead(TorchDispatchMode):
 def test_a_request_is_made_and_resolved_without_reading_a_tensor() -> None:
     q, k = torch.empty(2, 4, 64, 32), torch.empty(2, 2, 64, 32)
     ends = torch.tensor([0, 3]), torch.tensor([63, 60])
-    modes = torch.zeros(2, 2, dtype=torch.int8)
+    decisions = torch.zeros(2, 2, dtype=torch.int8)
     padded = SequenceLayout.padded(*ends)
-    plan = HeadPlan(modes, check=False)
+    plan = HeadPlan(decisions, check=False)
     with NothingIsRead():
         request = AttentionRequest.of(q, k, k, plan, padded)
         assert choose(None, request).name == "serial"
 
 
 @pytest.mark.parametrize("values", [0, 1, 77, None])
-def test_the_choice_is_the_same_whatever_the_modes_are(values: int | None) -> None:
-    """Even values that are no mode, and a tensor that has none."""
+def test_the_choice_is_the_same_whatever_the_decisions_are(values: int | None) -> None:
+    """Even values that are no decision, and a tensor that has none."""
     device = "meta" if values is None else "cpu"
-    modes = torch.full((1, 2), values or 0, dtype=torch.int8, device=device)
+    decisions = torch.full((1, 2), values or 0, dtype=torch.int8, device=device)
     q, k = torch.empty(1, 4, 64, 32), torch.empty(1, 2, 64, 32)
-    plan = HeadPlan(modes, check=False)
+    plan = HeadPlan(decisions, check=False)
     request = AttentionRequest.of(q, k, k, plan, SequenceLayout.dense())
     all_full = HeadPlan(torch.zeros(1, 2, dtype=torch.int8))
     same = AttentionRequest.of(q, k, k, all_full, SequenceLayout.dense())

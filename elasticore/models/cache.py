@@ -1,0 +1,299 @@
+"""A layer of a transformers cache that owns what was decided for the prompts in it.
+
+Transformers' ``Cache`` is a list of layer objects. An elastic attention layer wraps its own one
+while it is empty. From then on the wrapper holds, beside keys and values, how the heads of each row
+were routed and what it takes to route them anew; whatever moves, cuts or copies the rows moves,
+cuts or copies both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from elasticore.errors import ElasticoreError
+from elasticore.models.ends import Ends
+from elasticore.models.layouts import PassLayout
+from elasticore.plan import HeadPlan
+
+__all__ = ["ElasticCacheLayer", "elastic_layer"]
+
+_ITS_OWN = (
+    "keys",
+    "values",
+    "is_initialized",
+    "device",
+    "is_sliding",
+    "is_compileable",
+    "is_croppable",
+    "supports_early_init",
+)
+"""What is asked of a cache layer as an attribute, and belongs to the one inside."""
+
+
+def elastic_layer(cache: Any, index: int) -> ElasticCacheLayer:
+    """Layer ``index`` of a cache, as one that remembers routing.
+
+    Raises
+    ------
+    ElasticoreError
+        If the cache is not made of layers, or this one was filled by a model that is not elastic.
+    """
+    layers = getattr(cache, "layers", None)
+    if not isinstance(layers, list):
+        raise ElasticoreError(
+            f"the cache is a {type(cache).__name__}, which has no list of layers; give an elastic "
+            "model a transformers.DynamicCache, StaticCache or QuantizedCache."
+        )
+    kind = getattr(cache, "layer_class_to_replicate", None)
+    while kind is not None and len(layers) <= index:
+        layers.append(kind())
+    layer = layers[index]
+    if not isinstance(layer, ElasticCacheLayer):
+        if int(layer.get_seq_length()) > 0:
+            raise ElasticoreError(
+                "the cache was filled before this model was elastic, so nothing says how its heads "
+                "were routed; prefill the prompt again with the elastic model."
+            )
+        layers[index] = layer = ElasticCacheLayer(layer)
+    return layer
+
+
+@dataclass(eq=False)
+class Memory:
+    """What a cache layer knows of the prompts in it.
+
+    Attributes
+    ----------
+    owner
+        Digest of the model and the way it attends, which alone may read the rest.
+    columns
+        Positions of the cache that this is about.
+    prompt
+        Of those, how many the last decision was made from.
+    generated
+        Whether tokens that are no prompt came after that.
+    decisions
+        int8 ``[rows, kv_heads]``; None if there is nothing that they hold for.
+    ends
+        The keys at both ends of each row, up to ``pending``; None if the policy reads no keys.
+    pending
+        What came after ``ends``, in order: the inputs of a pass ``[rows, T, hidden size]`` with its
+        valid tokens (None: all), or the rows that were chosen from those before. Keys are made
+        of them only if they are wanted.
+    valid
+        bool ``[rows, columns]``: what is no padding, as the latest pass had it; None: all.
+    plans
+        By whether a pass is shorter than a block: the plan of passes that decide nothing, which
+        backends prepare for once.
+    """
+
+    owner: str
+    columns: int = 0
+    prompt: int = 0
+    generated: bool = False
+    decisions: Tensor | None = None
+    ends: Ends | None = None
+    pending: list[tuple[Tensor, Tensor | None] | Tensor] = field(default_factory=list)
+    valid: Tensor | None = None
+    plans: dict[bool, HeadPlan] = field(default_factory=dict)
+
+    def append(self, ends: Ends) -> None:
+        """Go on with more keys; nothing may be pending."""
+        self.ends = ends if self.ends is None else self.ends + ends
+
+    def put_off(self, hidden: Tensor, valid: Tensor | None, settle: Callable[[], None]) -> None:
+        """Note a pass that is no prompt; ``settle`` is called when there is too much of it."""
+        self.pending.append((hidden.detach(), valid))
+        limit = None if self.ends is None else self.ends.boundary
+        if len(self.pending) >= (2 * limit if limit else 256):
+            settle()
+
+    def settle(self, project: Callable[[Tensor], Tensor]) -> None:
+        """Make keys of all that is pending."""
+        self.settle_rows()
+        runs, self.pending = self.pending, []
+        if not runs or self.ends is None:
+            return
+        hidden = torch.cat([run[0] for run in runs], 1)
+        valid = None
+        if any(run[1] is not None for run in runs):
+            every = [x.new_ones(x.shape[:2], dtype=torch.bool) if v is None else v for x, v in runs]
+            valid = torch.cat(every, 1)
+        layout = PassLayout.of_valid(valid, hidden.shape[0], hidden.shape[1], hidden.device)
+        self.append(
+            Ends.of(self.ends.boundary, hidden, layout.columns, layout.row, layout.length, project)
+        )
+
+    def settle_rows(self) -> None:
+        """Choose the rows of all that came before a choice of rows."""
+        if not any(isinstance(entry, Tensor) for entry in self.pending):
+            return
+        chosen: Tensor | None = None  # from the rows at an entry to those of now
+        settled: list[Any] = []
+        for entry in reversed(self.pending):
+            if isinstance(entry, Tensor):
+                chosen = entry if chosen is None else entry[chosen]
+            elif chosen is None:
+                settled.append(entry)
+            else:
+                rows = chosen.to(entry[0].device)
+                settled.append((entry[0][rows], None if entry[1] is None else entry[1][rows]))
+        self.pending = settled[::-1]
+        if self.ends is not None and chosen is not None:
+            rows = chosen.to(self.ends.length.device)
+            self.ends = self.ends.rows(lambda tensor: tensor[rows])
+
+    def move(self, rows: Tensor) -> None:
+        """Replace the rows by the ones of these numbers."""
+        if self.decisions is not None:
+            self.decisions = self.decisions[rows.to(self.decisions.device)]
+            self.plans = {}
+        if self.valid is not None:
+            self.valid = self.valid[rows.to(self.valid.device)]
+        if self.ends is not None:
+            self.pending.append(rows)
+
+    def crop(self, columns: int) -> None:
+        """Forget all beyond ``columns``, and the decision if its prompt is no longer whole."""
+        self.settle_rows()
+        drop = self.columns - columns
+        while drop and self.pending:
+            hidden, valid = self.pending.pop()
+            keep = max(hidden.shape[1] - drop, 0)
+            drop -= hidden.shape[1] - keep
+            if keep:
+                self.pending.append((hidden[:, :keep], None if valid is None else valid[:, :keep]))
+        if drop and self.ends is not None:
+            gone = torch.full_like(self.ends.length, drop)
+            if self.valid is not None:
+                gone = self.valid[:, columns : columns + drop].sum(1)
+            self.ends = self.ends.without(gone)
+        if self.valid is not None:
+            self.valid = self.valid[:, :columns]
+        self.columns = columns
+        if columns < self.prompt:
+            self.decisions, self.prompt, self.plans, self.generated = None, 0, {}, False
+
+
+class ElasticCacheLayer(CacheLayerMixin):
+    """A cache layer around another one, with the routing of the prompts that it holds.
+
+    Everything that is asked of a layer goes to the one inside, a dynamic, static, quantized or
+    offloaded one.
+
+    Attributes
+    ----------
+    inner
+        The layer with the keys and values.
+    columns
+        Positions that it holds.
+    memory
+        What is known of its prompts; None while it is empty.
+    """
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.columns = 0
+        self.memory: Memory | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        inner = self.__dict__.get("inner")
+        if inner is None or name.startswith("__"):  # while it is copied or unpickled
+            raise AttributeError(name)
+        return getattr(inner, name)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.inner!r})"
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """See the layer inside, as for all that follows."""
+        self.inner.lazy_initialization(key_states, value_states)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add keys and values; return all of them."""
+        self.columns += key_states.shape[-2]
+        return self.inner.update(key_states, value_states, *args, **kwargs)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys that the next ``update`` returns."""
+        return self.inner.get_mask_sizes(query_length)
+
+    def get_seq_length(self) -> Any:
+        """Positions held: an int, or a tensor on the device in a static layer."""
+        return self.inner.get_seq_length()
+
+    def get_max_length(self) -> int:
+        """Positions that there is room for; -1 if there is no limit."""
+        return self.inner.get_max_length()
+
+    def offload(self) -> None:
+        """Move keys and values to the CPU."""
+        self.inner.offload()
+
+    def prefetch(self) -> None:
+        """Move keys and values back."""
+        self.inner.prefetch()
+
+    def reset(self) -> None:
+        """Start over with the same objects."""
+        self.inner.reset()
+        self.columns, self.memory = int(self.inner.get_seq_length()), None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take tokens off the end; a cut into a prompt forgets its routing."""
+        before = self.inner.get_seq_length()
+        before = before if isinstance(before, int) else None
+        self.inner.crop(tokens_to_remove)
+        if before is None:  # it counts on the device, and takes negative numbers only
+            self.columns = max(self.columns + tokens_to_remove, 0)
+        else:
+            self.columns = self.inner.get_seq_length()
+        if self.memory is not None and self.memory.columns > self.columns:
+            self.memory.crop(self.columns)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Replace rows by others."""
+        self.inner.reorder_cache(beam_idx)
+        self._move(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some of the rows, given by their numbers or by a mask."""
+        self.inner.batch_select_indices(indices)
+        self._move(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        self.inner.batch_repeat_interleave(repeats)
+        if self.memory is not None and self.memory.decisions is not None:
+            rows = torch.arange(self.memory.decisions.shape[0])
+            self._move(rows.repeat_interleave(repeats))
+
+    def _move(self, rows: Any) -> None:
+        if self.memory is None:
+            return
+        rows = torch.as_tensor(rows)
+        if rows.dtype == torch.bool:
+            rows = rows.nonzero().flatten()
+        self.memory.move(rows.long().flatten())
+
+
+def _own(name: str) -> property:
+    def read(self: ElasticCacheLayer) -> Any:
+        return getattr(self.inner, name)
+
+    def write(self: ElasticCacheLayer, value: Any) -> None:
+        setattr(self.inner, name, value)
+
+    return property(read, write)
+
+
+for _name in _ITS_OWN:
+    setattr(ElasticCacheLayer, _name, _own(_name))
