@@ -58,8 +58,8 @@ def main(
             same[size] = same[size] + equal if len(same[size]) else equal
     result = {
         "what": "share of a layer's head decisions that are the same after a prompt in chunks",
-        "command": f"python -m benchmarks.chunked_routing --samples {samples} --length {length}",
         **environment(model.device),
+        "command": f"python -m benchmarks.chunked_routing --samples {samples} --length {length}",
         "prompts": len(prompts),
         "tokens": length,
         "by_chunk": {
