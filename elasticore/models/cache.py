@@ -85,7 +85,9 @@ class Memory:
     pending
         What came after ``ends``, in order: the inputs of a pass ``[rows, T, hidden size]`` with its
         valid tokens (None: all), or the rows that were chosen from those before. Keys are made
-        of them only if they are wanted.
+        of them if they are wanted, or if there are too many to keep.
+    waiting
+        Tokens and choices that were put off since keys were made last.
     valid
         bool ``[rows, columns]``: what is no padding, as the latest pass had it; None: all.
     plans
@@ -100,6 +102,7 @@ class Memory:
     decisions: Tensor | None = None
     ends: Ends | None = None
     pending: list[tuple[Tensor, Tensor | None] | Tensor] = field(default_factory=list)
+    waiting: int = 0
     valid: Tensor | None = None
     plans: dict[bool, HeadPlan] = field(default_factory=dict)
 
@@ -110,14 +113,15 @@ class Memory:
     def put_off(self, hidden: Tensor, valid: Tensor | None, settle: Callable[[], None]) -> None:
         """Note a pass that is no prompt; ``settle`` is called when there is too much of it."""
         self.pending.append((hidden.detach(), valid))
+        self.waiting += hidden.shape[1]
         limit = None if self.ends is None else self.ends.boundary
-        if len(self.pending) >= (2 * limit if limit else 256):
+        if self.waiting >= (2 * limit if limit else 256):
             settle()
 
     def settle(self, project: Callable[[Tensor], Tensor]) -> None:
         """Make keys of all that is pending."""
         self.settle_rows()
-        runs, self.pending = self.pending, []
+        runs, self.pending, self.waiting = self.pending, [], 0
         if not runs or self.ends is None:
             return
         hidden = torch.cat([run[0] for run in runs], 1)
@@ -158,6 +162,7 @@ class Memory:
             self.valid = self.valid[rows.to(self.valid.device)]
         if self.ends is not None:
             self.pending.append(rows)
+            self.waiting += 1
 
     def crop(self, columns: int) -> None:
         """Forget all beyond ``columns``, and the decision if its prompt is no longer whole."""

@@ -208,6 +208,19 @@ def test_an_answer_that_is_scored_on_a_cache_decides_nothing() -> None:
     assert logits.shape[1] == 20 and not trace.passes[0].decided
 
 
+@pytest.mark.parametrize("steps", [[400], [1] * 50, [7] * 30])
+def test_what_is_put_off_is_bounded_in_tokens(steps: list[int]) -> None:
+    """Inputs of passes that decide nothing are not kept alive without end."""
+    model, cache = listening(), DynamicCache(config=tiny().config)
+    model(tokens(2, 40), **cached(cache))
+    for step, length in enumerate(steps):
+        model(tokens(2, length, step), **cached(cache), logits_to_keep=length)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        waiting = [x for x in cache.layers[0].memory.pending if not isinstance(x, Tensor)]
+        assert sum(hidden.shape[1] for hidden, _ in waiting) < 2 * BOUNDARY
+        assert len(cache.layers[0].memory.pending) <= 2 * BOUNDARY
+
+
 # Turns.
 
 
