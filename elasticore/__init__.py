@@ -30,7 +30,7 @@ _EXPORTS = {
         "UnsupportedRequest",
     ),
     "elasticore.layout": ("Segments", "SequenceLayout"),
-    "elasticore.models.attached": ("Pass",),
+    "elasticore.models.passes": ("Pass",),
     "elasticore.models.elastic": (
         "Elastic",
         "elasticize",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
@@ -18,6 +18,7 @@ from elasticore.backends.registry import AUTO, BACKENDS
 from elasticore.errors import UnknownBackend, UnsupportedRequest
 from elasticore.layout import SequenceLayout
 from elasticore.plan import HeadPlan
+from elasticore.preconditions import check_call
 
 __all__ = ["Choice", "choose", "current_backend", "run", "use_backend", "using_engine"]
 
@@ -27,6 +28,9 @@ REMEMBERED = 4096
 # What ``auto`` remembers, and of which state of the registry.
 _chosen: dict[AttentionRequest, Choice] = {}
 _chosen_at = -1
+
+# The engine, layout and scale of dense calls, by all that they follow from.
+_prepared: dict[Hashable, tuple[HybridHeadAttention, SequenceLayout, float]] = {}
 
 # The names that the with blocks around the current code have chosen.
 _context: ContextVar[tuple[str, ...]] = ContextVar("elasticore_backend", default=())
@@ -173,20 +177,57 @@ def run(
     k: Tensor,
     v: Tensor,
     plan: HeadPlan,
-    layout: SequenceLayout,
-    scale: float,
+    layout: SequenceLayout | None,
+    scale: float | None,
     backend: str | None,
 ) -> Tensor:
-    """Run a call that was checked on the backend that is chosen for it.
+    """Check a call and run it on the backend that is chosen for it.
 
-    See :func:`~elasticore.hybrid_head_attention`.
+    See :func:`~elasticore.hybrid_head_attention`. What follows from the forms of the tensors alone
+    is remembered, as the layers of a model make the same call one after the other.
     """
-    engine = choose(backend, AttentionRequest.of(q, k, v, plan, layout)).engine
+    backend = current_backend() if backend is None else backend
+    try:
+        key = _key(q, k, v, plan, layout, scale, backend)
+        known = _prepared.get(key)
+    except (AttributeError, TypeError):  # one of them is no tensor, or no plan
+        known = None
+    if known is None:
+        layout, scale = check_call(q, k, v, plan, layout, scale)
+        known = choose(backend, AttentionRequest.of(q, k, v, plan, layout)).engine, layout, scale
+        if layout.kind == "dense":
+            if len(_prepared) >= REMEMBERED:
+                _prepared.clear()
+            _prepared[key] = known
+    engine, layout, scale = known
     if not torch.is_autocast_enabled(q.device.type):
         return engine.attend(q, k, v, plan, layout=layout, scale=scale)
     # Autocast would change the dtype of the output and, through the scores, the blocks selected.
     with torch.autocast(q.device.type, enabled=False):
         return engine.attend(q, k, v, plan, layout=layout, scale=scale)
+
+
+def _key(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: HeadPlan,
+    layout: SequenceLayout | None,
+    scale: float | None,
+    backend: str,
+) -> Hashable:
+    """All that the check and the choice of a dense call read."""
+    decisions, gate, gradients = plan.decisions, plan.gate, None
+    if torch.is_grad_enabled():
+        wanted = gate is not None and gate.requires_grad
+        gradients = q.requires_grad, k.requires_grad, v.requires_grad, wanted
+    return (
+        (q.shape, q.stride(), q.dtype, q.device),
+        (k.shape, k.stride(), k.dtype, k.device),
+        (v.shape, v.stride(), v.dtype, v.device),
+        (decisions.shape, decisions.device, plan.lanes, plan.block_size),
+        (layout is None or layout.kind, scale, gradients, backend, registry.changes),
+    )
 
 
 def fastest(costs: Mapping[str, float | None]) -> str:

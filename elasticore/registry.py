@@ -69,15 +69,43 @@ class Registry(Generic[Base]):
             self._classes[name] = found
         return self._classes[name]
 
-    def name_of(self, cls: type[Base]) -> str | None:
-        """The name of ``cls``; None if it has none."""
+    def named(self, name: object) -> type[Base]:
+        """The class that a file calls ``name``.
+
+        Raises
+        ------
+        ValueError
+            If there is none, or its package cannot be loaded.
+        """
+        if name not in self.names():
+            raise ValueError(
+                f"{self.kind} {name!r} is unknown; there are: {', '.join(self.names())}."
+            )
+        try:
+            return self.get(str(name))
+        except Exception as error:
+            raise ValueError(
+                f"{self.kind} {name!r}: its package failed to load "
+                f"({type(error).__name__}: {error})."
+            ) from error
+
+    def name_of(self, cls: type[Base]) -> str:
+        """The name of ``cls``.
+
+        Raises
+        ------
+        ValueError
+            If it has none.
+        """
         for name in self.names():
             try:
                 if self.get(name) is cls:
                     return name
             except Exception:  # another package that is broken: not the one of this class
                 continue
-        return None
+        raise ValueError(
+            f"{self.kind} {cls.__name__} has no name; call elasticore.register_{self.kind} first."
+        )
 
     def refresh(self) -> None:
         """Look for packages' classes anew, when next asked."""

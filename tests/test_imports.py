@@ -15,7 +15,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("testing",),
     ("models",),
     ("router",),
-    ("call", "operator", "choice"),
+    ("call", "operator", "choice", "preconditions"),
     ("backends",),
     ("attention",),
     ("plan",),

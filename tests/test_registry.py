@@ -51,7 +51,8 @@ def test_a_class_has_a_name_and_a_name_has_a_class(table: Registry[BlockSelector
     for name, cls in (("moba", MoBA), ("theirs", Theirs)):
         assert table.get(name) is cls
         assert table.name_of(cls) == name
-    assert table.name_of(Ours) is None
+    with pytest.raises(ValueError, match=r"Ours has no name; call elasticore\.register_selector"):
+        table.name_of(Ours)
     with pytest.raises(OSError, match="no such library"):
         table.get("broken")
 

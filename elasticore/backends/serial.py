@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -82,6 +83,9 @@ def _dispatch(
     """Run every sequence on its own slice of the batch; queries of padding stay zero."""
     batch, _, queries, _ = q.shape
     modes = plan.modes.tolist()
+    if queries == 1 and layout.kind == "dense" and not any(map(any, modes)):
+        # A step of decoding in which every head reads everything: SDPA itself.
+        return scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True)
     selection = None
     selects = HeadMode.SELECTED in plan.lanes and any(HeadMode.SELECTED in row for row in modes)
     if selects or layout.kind != "dense":
@@ -92,9 +96,6 @@ def _dispatch(
             selection = plan.selector.select(
                 q, k, segments, block_size=plan.block_size, scale=scale
             )
-    if layout.kind == "dense" and queries == 1 and not any(map(any, modes)):
-        # A step of decoding in which every head reads everything: SDPA itself.
-        return scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True)
     if layout.kind == "dense" and selection is None:
         # Equal lengths: the sequences of the batch are just more heads.
         flat = [mode for row in modes for mode in row]
@@ -150,6 +151,8 @@ def _sequence(
     """
     if not any(modes):
         return _full(q, k, v, scale)
+    if q.shape[2] == 1 and HeadMode.SELECTED not in modes:
+        return _step(q, k, v, modes, plan, scale)
     groups = {mode: [h for h, m in enumerate(modes) if m == mode] for mode in HeadMode}
     outputs, order = [], []
     for mode, heads in groups.items():
@@ -174,6 +177,28 @@ def _sequence(
         order += heads
     inverse = torch.tensor(order, device=q.device).argsort()
     return torch.cat(outputs)[inverse]
+
+
+def _step(
+    q: Tensor, k: Tensor, v: Tensor, modes: list[int], plan: HeadPlan, scale: float
+) -> Tensor:
+    """One query, in a step of decoding: neighbours of one mode together, so that no key is copied.
+
+    But for the sink and the window of streaming heads, which are few.
+    """
+    keys, block = k.shape[1], plan.block_size
+    sink, local = plan.streaming.blocks(block)
+    start = max(0, ((keys - 1) // block - local + 1) * block)
+    far = min(sink * block, start)
+    out, first = torch.empty_like(q), 0
+    for mode, alike in groupby(modes):
+        last = first + len(list(alike))
+        near_k, near_v = k[first:last], v[first:last]
+        if mode == HeadMode.STREAMING and start:
+            near_k, near_v = (torch.cat([x[:, :far], x[:, start:]], 1) for x in (near_k, near_v))
+        out[first:last] = _sdpa(q[first:last], near_k, near_v, scale)
+        first = last
+    return out
 
 
 def _full(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

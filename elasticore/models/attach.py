@@ -15,18 +15,6 @@ from transformers import PreTrainedModel
 
 from elasticore.errors import UnsupportedModel
 from elasticore.models import function
-from elasticore.models.attached import (
-    IMPLEMENTATION,
-    ROUTER,
-    STATE,
-    STATE_PARALLEL,
-    LayerState,
-    ModelState,
-    begin_base,
-    begin_pass,
-    end_pass,
-    route,
-)
 from elasticore.models.families import (
     Family,
     attention_layers,
@@ -35,6 +23,15 @@ from elasticore.models.families import (
     is_local,
 )
 from elasticore.models.fingerprint import fingerprint
+from elasticore.models.hooks import begin_base, begin_pass, end_pass, route
+from elasticore.models.state import (
+    IMPLEMENTATION,
+    PARALLEL,
+    ROUTER,
+    STATE,
+    LayerState,
+    ModelState,
+)
 from elasticore.models.versions import CACHE
 from elasticore.router.policies import LayerShape
 
@@ -144,7 +141,7 @@ def detach(model: Any, state: ModelState) -> None:
         layer._modules.pop(ROUTER, None)
         layer.__dict__.pop(STATE, None)
     model.__dict__.pop(STATE, None)
-    model.base_model.__dict__.pop(STATE_PARALLEL, None)
+    model.base_model.__dict__.pop(PARALLEL, None)
 
 
 def _configure(model: Any, state: ModelState, local: set[int]) -> None:

@@ -110,13 +110,15 @@ class Memory:
         """Go on with more keys; nothing may be pending."""
         self.ends = ends if self.ends is None else self.ends + ends
 
-    def put_off(self, hidden: Tensor, valid: Tensor | None, settle: Callable[[], None]) -> None:
-        """Note a pass that is no prompt; ``settle`` is called when there is too much of it."""
+    def put_off(
+        self, hidden: Tensor, valid: Tensor | None, project: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Note a pass that is no prompt; keys are made when there is too much of it."""
         self.pending.append((hidden.detach(), valid))
         self.waiting += hidden.shape[1]
         limit = None if self.ends is None else self.ends.boundary
         if self.waiting >= (2 * limit if limit else 256):
-            settle()
+            self.settle(project)
 
     def settle(self, project: Callable[[Tensor], Tensor]) -> None:
         """Make keys of all that is pending."""

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from elasticore.assets import ROUTERS
 from elasticore.errors import RouterMismatch, UnsupportedModel
 from elasticore.models.attach import attach, backbone_of, detach, state_of
-from elasticore.models.attached import ROUTER, STATE, ModelState
 from elasticore.models.files import read_files, upload_files, write_files
 from elasticore.models.fingerprint import check_base_model, fingerprint
+from elasticore.models.state import ROUTER, STATE, ModelState
 from elasticore.patterns import BlockSelector, Full, Pattern, Streaming, XAttention
 from elasticore.patterns.registry import pattern_from_dict, pattern_to_dict
 from elasticore.plan import HeadPlan

@@ -10,7 +10,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from elasticore.errors import ElasticoreError
-from elasticore.models.attached import IMPLEMENTATION, PASS, STATE, LayerState, attend
+from elasticore.models.attend import attend
+from elasticore.models.passes import PASS
+from elasticore.models.state import IMPLEMENTATION, STATE, LayerState
 
 __all__ = ["ORIGINAL", "register"]
 
@@ -49,8 +51,9 @@ def attention_function(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     out = attend(module, query, key, value, scaling, kwargs[PASS])
     out = out.transpose(1, 2).contiguous()
-    # A batch of one may keep any stride there, for which torch.compile would compile again.
-    return out.view(-1).view(out.shape), None
+    if out.shape[0] == 1:  # it may keep any stride there, for which torch.compile compiles again
+        out = out[0][None]
+    return out, None
 
 
 def mask_function(

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from elasticore.models.attach import backbone_of, state_of
-from elasticore.models.attached import ROUTER, STATE, STATE_PARALLEL, LayerState
+from elasticore.models.state import PARALLEL, ROUTER, STATE, LayerState
 from elasticore.models.versions import CACHE
 from elasticore.router import AttentionRouter
 
@@ -118,7 +118,7 @@ class SequenceParallel:
                 f"sequence parallelism over {self.size} processes cannot share out the model's "
                 f"{heads} KV heads; sizes that work: {sizes}."
             )
-        setattr(backbone_of(model).base_model, STATE_PARALLEL, self)
+        setattr(backbone_of(model).base_model, PARALLEL, self)
         for layer in state.layers:
             one: LayerState = getattr(layer, STATE)
             one.parallel = self

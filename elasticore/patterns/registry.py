@@ -64,10 +64,6 @@ def pattern_to_dict(pattern: Pattern) -> dict[str, Any]:
     {'name': 'streaming', 'sink': 128, 'local': 1024}
     """
     name = PATTERNS.name_of(type(pattern))
-    if name is None:
-        raise ValueError(
-            f"pattern {type(pattern).__name__} has no name; call elasticore.register_pattern first."
-        )
     _dataclass(type(pattern))
     return {"name": name, **dataclasses.asdict(pattern)}  # type: ignore[call-overload]
 
@@ -82,14 +78,7 @@ def pattern_from_dict(data: dict[str, Any]) -> Pattern:
     """
     settings = dict(data)
     name = settings.pop("name", None)
-    if name not in PATTERNS.names():
-        raise ValueError(f"pattern {name!r} is unknown; there are: {', '.join(PATTERNS.names())}.")
-    try:
-        cls = _dataclass(PATTERNS.get(name))
-    except Exception as error:
-        raise ValueError(
-            f"pattern {name!r}: its package failed to load ({type(error).__name__}: {error})."
-        ) from error
+    cls = _dataclass(PATTERNS.named(name))
     try:
         return cls(**settings)
     except TypeError as error:

@@ -50,12 +50,7 @@ def policy_to_dict(policy: Policy) -> dict[str, Any]:
     """
     if isinstance(policy, Modules):
         policy.tensors()  # says why it cannot be saved
-    name = POLICIES.name_of(type(policy))
-    if name is None:
-        raise ValueError(
-            f"policy {type(policy).__name__} has no name; call elasticore.register_policy first."
-        )
-    return {"name": name, **policy.settings()}
+    return {"name": POLICIES.name_of(type(policy)), **policy.settings()}
 
 
 def policy_from_dict(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Policy:
@@ -68,14 +63,7 @@ def policy_from_dict(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
     """
     settings = dict(data)
     name = settings.pop("name", None)
-    if name not in POLICIES.names():
-        raise ValueError(f"policy {name!r} is unknown; there are: {', '.join(POLICIES.names())}.")
-    try:
-        cls = POLICIES.get(name)
-    except Exception as error:
-        raise ValueError(
-            f"policy {name!r}: its package failed to load ({type(error).__name__}: {error})."
-        ) from error
+    cls = POLICIES.named(name)
     try:
         return cls.restored(settings, tensors)
     except (TypeError, ValueError) as error:

@@ -26,8 +26,8 @@ from transformers import PreTrainedModel
 
 from elasticore.checks import check_number
 from elasticore.models.attach import state_of
-from elasticore.models.attached import PASS, Pass
 from elasticore.models.elastic import elasticize, restore, routers
+from elasticore.models.passes import PASS, Pass
 from elasticore.patterns import Streaming
 from elasticore.router.gates import (
     DuoGate,

@@ -13,8 +13,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from elasticore.models.attached import ROUTER
 from elasticore.models.elastic import is_elastic
+from elasticore.models.state import ROUTER
 
 __all__ = [
     "Sharding",

@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from elasticore.checks import check_number
-from elasticore.models.attached import PASS, Pass
 from elasticore.models.elastic import is_elastic, routers, way_of
 from elasticore.models.files import WEIGHTS
+from elasticore.models.passes import PASS, Pass
 from elasticore.router import AttentionRouter, CosineTemperature, seed_noise
 from elasticore.router.routing import model_msr
 from elasticore.train.data import Collator, Learnt, TrainingSample

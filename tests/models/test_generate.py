@@ -231,7 +231,7 @@ def test_all_steps_of_decoding_share_a_plan(monkeypatch: pytest.MonkeyPatch) -> 
         plans.append(plan)
         return elasticore.hybrid_head_attention(q, k, v, plan, **settings)
 
-    monkeypatch.setattr("elasticore.models.attached.hybrid_head_attention", attend)
+    monkeypatch.setattr("elasticore.models.attend.hybrid_head_attention", attend)
     layers = model.config.num_hidden_layers
     one, other = (cache_of(model(tokens(1, 80, seed))) for seed in (1, 2))
     for cache in (one, one, other, one):

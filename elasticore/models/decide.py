@@ -1,0 +1,220 @@
+"""What the heads of a layer run in a pass: decided from its input, or what the cache remembers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from elasticore.errors import ElasticoreError
+from elasticore.models.cache import ElasticCacheLayer, Memory, elastic_layer
+from elasticore.models.ends import Ends
+from elasticore.models.layouts import PassLayout, packed_lengths, read_layout
+from elasticore.models.passes import Pass, Planned
+from elasticore.models.state import ROUTER, LayerState
+from elasticore.models.versions import CACHE
+from elasticore.router.routing import Routing
+
+__all__ = ["plan_layer"]
+
+
+def plan_layer(
+    attention: nn.Module, state: LayerState, one: Pass, hidden: Tensor, kwargs: Mapping[str, Any]
+) -> Planned:
+    """What a layer's heads run in the pass ``one``.
+
+    Parameters
+    ----------
+    hidden
+        The layer's input, ``[B, T, hidden size]``.
+    kwargs
+        The other arguments of its attention module.
+    """
+    cache, layer, past = kwargs.get(CACHE), None, 0
+    if cache is not None:
+        layer = elastic_layer(cache, int(attention.layer_idx))  # type: ignore[arg-type]
+        past = layer.columns
+    one.check_past(past, attention.layer_idx)
+    layout = one.layouts.get(hidden.device)
+    if layout is None:  # the first layer on this device
+        layout = _layout(state, hidden, past, kwargs)
+        one.layouts[hidden.device] = layout
+    if layer is None:
+        return _without_cache(attention, state, one, hidden, layout)
+    memory = _memory(layer, state, past, layout)
+    queries = hidden.shape[1]
+    if memory.decisions is None or one.reads_prompt(queries):
+        planned = _with_prompt(attention, state, one, hidden, layout, memory, past)
+    else:
+        memory.generated = True
+        if getattr(_router(attention), "boundary", None) != 0:
+            valid = None if layout.valid is None else layout.valid[:, past : past + queries]
+            memory.put_off(hidden, valid, partial(state.family.project, attention))
+        planned = _as_before(state, memory, layout, past + queries, queries)
+    planned.layer = layer
+    memory.columns, memory.valid = past + queries, layout.valid
+    return planned
+
+
+def _router(attention: nn.Module) -> nn.Module:
+    return attention._modules[ROUTER]  # type: ignore[return-value]
+
+
+def _without_cache(
+    attention: nn.Module, state: LayerState, one: Pass, hidden: Tensor, layout: PassLayout
+) -> Planned:
+    router, project = _router(attention), partial(state.family.project, attention)
+    boundary, prompt = getattr(router, "boundary", None), one.prompt_lengths(layout)
+    ends: Ends | None = None
+    if state.parallel is not None:
+        keys = state.parallel.to_heads(project(hidden).transpose(1, 2)).transpose(1, 2)
+        ends = _ends(boundary, keys, layout, prompt, lambda keys: keys, spare=False)
+    elif boundary != 0:
+        ends = _ends(boundary, hidden, layout, prompt, project, spare=False)
+    routing = _decide(attention, router, ends, layout, hidden)
+    again = not one.decided(state.index, routing)
+    plan = state.way.plan_of(routing)
+    return Planned(plan, layout, hidden.shape[1], None, routing.decisions, True, routing.mix, again)
+
+
+def _with_prompt(
+    attention: nn.Module,
+    state: LayerState,
+    one: Pass,
+    hidden: Tensor,
+    layout: PassLayout,
+    memory: Memory,
+    past: int,
+) -> Planned:
+    """A pass that reads a prompt, from its start or on from what the cache holds."""
+    router, project = _router(attention), partial(state.family.project, attention)
+    boundary, queries = getattr(router, "boundary", None), hidden.shape[1]
+    ends: Ends | None = None
+    if boundary != 0:
+        memory.settle(project)
+        prompt = one.prompt_lengths(layout)
+        if past and memory.decisions is None:  # a cut took the decision: all there is decides
+            prompt = layout.length
+        ends = _ends(boundary, hidden, layout, prompt, project)
+        ends = ends if memory.ends is None else memory.ends + ends
+    decided: Routing | None = None
+    if memory.decisions is None or not memory.generated or state.way.turn == "renew":
+        decided = _decide(attention, router, ends, layout, hidden)
+        one.decided(state.index, decided)
+        memory.decisions, memory.plans = decided.decisions, {}
+        memory.generated, memory.prompt = False, past + one.prompt_columns(queries)
+    if ends is not None:
+        if one.leaves_out(queries):  # drafts, or an answer: no prompt, but the text goes on
+            rest = layout.length - prompt
+
+            def beyond(position: Tensor) -> Tensor:
+                return layout.columns(prompt[:, None] + position)
+
+            ends = ends + Ends.of(boundary, hidden, beyond, layout.row, rest, project)
+        memory.ends = ends.rows(Tensor.detach)
+    if decided is None:
+        return _as_before(state, memory, layout, past + queries, queries)
+    if past:
+        planned = _as_before(state, memory, layout, past + queries, queries)
+        planned.decided, planned.mix = True, decided.mix
+        return planned
+    plan = state.way.plan_of(decided)
+    return Planned(plan, layout, queries, None, decided.decisions, True, decided.mix)
+
+
+def _as_before(
+    state: LayerState, memory: Memory, layout: PassLayout, seen: int, queries: int
+) -> Planned:
+    """What the cache remembers: decoding, a later chunk or a further turn."""
+    assert memory.decisions is not None
+    short = queries < state.way.block_size
+    plan = memory.plans.get(short)
+    if plan is None:
+        plan = memory.plans[short] = state.way.plan(memory.decisions, short=short)
+    return Planned(plan, layout, seen, None, memory.decisions)
+
+
+def _ends(
+    boundary: int | None,
+    tokens: Tensor,
+    layout: PassLayout,
+    prompt: Tensor,
+    project: Callable[[Tensor], Tensor],
+    *,
+    spare: bool = True,
+) -> Ends:
+    return Ends.of(boundary, tokens, layout.columns, layout.row, prompt, project, spare=spare)
+
+
+def _decide(
+    attention: nn.Module, router: nn.Module, ends: Ends | None, layout: PassLayout, hidden: Tensor
+) -> Routing:
+    if ends is None:  # a policy that reads no keys
+        heads = int(attention.config.num_key_value_heads)  # type: ignore[union-attr, arg-type]
+        keys = hidden.new_empty(layout.row.numel(), 0, heads, int(attention.head_dim))  # type: ignore[arg-type]
+        rows = PassLayout.dense(layout.row.numel(), 0, hidden.device)
+        routing = router(keys, rows.layout.segments(layout.row.numel(), 0, 0, hidden.device))
+    else:
+        routing = router(*ends.window())
+    if not isinstance(routing, Routing):
+        raise TypeError(
+            f"policies must return a Routing, got {type(routing).__name__} from "
+            f"{type(router).__name__}."
+        )
+    return routing
+
+
+def _memory(layer: ElasticCacheLayer, state: LayerState, past: int, layout: PassLayout) -> Memory:
+    """What the cache knows, checked to be this model's and of all that it holds."""
+    if past == 0:
+        layer.memory = Memory(state.owner)
+    memory = layer.memory
+    if memory is None or memory.columns != past:
+        known = 0 if memory is None else memory.columns
+        raise ElasticoreError(
+            f"the cache holds {past} tokens, but this model knows how {known} of them were routed: "
+            "a pass failed, or a model that is not elastic went on with it; prefill the prompt "
+            "again."
+        )
+    if memory.owner != state.owner:
+        raise ElasticoreError(
+            "the cache was filled by another model, or by this one while it attended in another "
+            "way, so its routing means something else here; prefill the prompt again."
+        )
+    if memory.decisions is not None and memory.decisions.shape[0] != layout.row.shape[0]:
+        raise ElasticoreError(
+            f"the cache was prefilled with {memory.decisions.shape[0]} sequences but now serves "
+            f"{layout.row.shape[0]}; prefill the prompts in the batch that is generated."
+        )
+    return memory
+
+
+def _layout(state: LayerState, hidden: Tensor, past: int, kwargs: Mapping[str, Any]) -> PassLayout:
+    """The layout of a pass, from the arguments of its attention modules."""
+    cached, position_ids = kwargs.get(CACHE) is not None, kwargs.get("position_ids")
+    batch, queries = hidden.shape[:2]
+    found = read_layout(
+        kwargs.get("attention_mask"),
+        position_ids,
+        kwargs.get("cu_seq_lens_q"),
+        kwargs.get("cu_seq_lens_k"),
+        batch=batch,
+        queries=queries,
+        seen=past + queries,
+        device=hidden.device,
+        cached=cached,
+    )
+    cu_queries = found.layout.cu_queries
+    if cu_queries is None or not state.local_layers:
+        return found
+    lengths: Sequence[int] | None = (
+        None if position_ids is None else packed_lengths(position_ids).tolist()
+    )
+    if cached or lengths != cu_queries.tolist():
+        raise ValueError(
+            "position_ids must start over at every packed sequence, and use_cache be False: this "
+            "model's own sliding-window layers know packed sequences by nothing else."
+        )
+    return found

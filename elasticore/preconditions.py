@@ -1,0 +1,89 @@
+"""What makes an attention call, as far as that can be said without reading the device."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from elasticore.layout import SequenceLayout
+from elasticore.plan import HeadPlan
+
+__all__ = ["check_call"]
+
+
+def check_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: HeadPlan,
+    layout: SequenceLayout | None,
+    scale: float | None,
+) -> tuple[SequenceLayout, float]:
+    """Check everything that can be checked without reading the device; fill in the defaults."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
+        if tensor.ndim != 4:
+            raise ValueError(
+                f"{name} must have 4 axes [batch, heads, positions, head_dim], got "
+                f"{list(tensor.shape)}."
+            )
+    if layout is None:
+        layout = SequenceLayout.dense()
+    elif not isinstance(layout, SequenceLayout):
+        raise TypeError(f"layout must be a SequenceLayout or None, got {layout!r}.")
+    if not isinstance(plan, HeadPlan):
+        raise TypeError(f"plan must be a HeadPlan, got {type(plan).__name__}.")
+    batch, _, queries, dim = q.shape
+    _, kv_heads, keys, _ = k.shape
+    _check_forms(q, k, v)
+    layout.check(batch, queries, keys, q.device)
+    decisions = plan.decisions
+    if decisions.device != q.device:
+        raise ValueError(
+            f"plan is on {decisions.device} but q is on {q.device}; build it from decisions there."
+        )
+    expected = (layout.sequences(batch), kv_heads)
+    if decisions.shape != expected:
+        raise ValueError(
+            f"plan.decisions must be [sequences, kv_heads] = {list(expected)} for this call, got "
+            f"{list(decisions.shape)}."
+        )
+    if scale is None:
+        scale = 1 / math.sqrt(dim)
+    elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a float or None, got {scale!r}.")
+    elif not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}.")
+    return layout, float(scale)
+
+
+def _check_forms(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise unless shapes, strides, dtypes and devices make a call."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not tensor.dtype.is_floating_point:
+            raise TypeError(f"{name} must be floating point, got {tensor.dtype}.")
+        if 0 in tensor.shape:
+            raise ValueError(f"{name} is empty: every axis of {list(tensor.shape)} must be >= 1.")
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{name} is {tensor.dtype} but q is {q.dtype}; use one dtype.")
+        if tensor.device != q.device:
+            raise ValueError(f"{name} is on {tensor.device} but q is on {q.device}; move it there.")
+        if tensor.shape[3] > 1 and tensor.stride(3) != 1:
+            raise ValueError(
+                f"{name} must be contiguous along head_dim (stride 1), got strides "
+                f"{tensor.stride()}; use {name}.contiguous()."
+            )
+    if k.shape != v.shape:
+        raise ValueError(f"v must have the shape of k {list(k.shape)}, got {list(v.shape)}.")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            f"q and k must agree in batch and head_dim, got q {list(q.shape)} and k "
+            f"{list(k.shape)}."
+        )
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"q has {q.shape[1]} heads, which is no multiple of the {k.shape[1]} heads of k; "
+            "every KV head serves a whole group of query heads."
+        )
