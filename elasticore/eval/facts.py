@@ -58,8 +58,8 @@ def _space(name: str, split: Split) -> tuple[str, ...]:
     return tuple(word for word in words if is_heldout(word, 20) == (split == "heldout"))
 
 
-def _draw(rng: np.random.Generator, name: str, split: Split, count: int) -> list[str]:
-    """`count` different members of a space."""
+def draw(rng: np.random.Generator, name: str, split: Split, count: int) -> list[str]:
+    """`count` different keys, names or values (`name`: "key", "name" or "value") of a split."""
     space = _space(name, split)
     return [space[i] for i in rng.choice(len(space), count, replace=False, shuffle=True)]
 
@@ -67,7 +67,7 @@ def _draw(rng: np.random.Generator, name: str, split: Split, count: int) -> list
 def needles(rng: np.random.Generator, split: Split, count: int) -> list[Fact]:
     """`count` secret numbers, each under its own two-word key."""
     facts = []
-    keys, values = _draw(rng, "key", split, count), _draw(rng, "value", split, count)
+    keys, values = draw(rng, "key", split, count), draw(rng, "value", split, count)
     for key, value in zip(keys, values, strict=True):
         statement: Pieces = (f"\nThe secret number of {key} is", f" {value}", ".\n")
         question: Pieces = (
@@ -81,7 +81,7 @@ def needles(rng: np.random.Generator, split: Split, count: int) -> list[Fact]:
 def chains(rng: np.random.Generator, split: Split, count: int, hops: int = HOPS) -> list[Fact]:
     """`count` chains of assignments; the answer of each takes `hops` retrievals."""
     facts = []
-    names, values = _draw(rng, "name", split, count * hops), _draw(rng, "value", split, count)
+    names, values = draw(rng, "name", split, count * hops), draw(rng, "value", split, count)
     for i, value in enumerate(values):
         chain = names[i * hops : (i + 1) * hops]  # the value goes to the first, the last is asked
         sources = [value, *chain[:-1]]

@@ -13,7 +13,7 @@ samples use documents, keys, names, values and seeds that no training sample use
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -169,10 +169,22 @@ def _continuation(kind: Kind) -> Build:
 
 @dataclass(frozen=True)
 class Task:
-    """A kind of sample: whether it needs far-back tokens, and how one is built."""
+    """A kind of sample.
+
+    Attributes
+    ----------
+    sensitive : bool
+        Whether it needs far-back tokens.
+    build : callable
+        Builds one.
+    tokens : bool
+        Whether an answer counts by its share of right tokens, as of a text that goes on; else it
+        is right or wrong.
+    """
 
     sensitive: bool
     build: Build
+    tokens: bool = False
 
 
 TASKS: dict[str, Task] = {
@@ -185,14 +197,19 @@ TASKS: dict[str, Task] = {
 
 
 def make_sample(
-    task: str, tokenizer: Tokenizer, length: int, seed: int, split: Split = "heldout"
+    task: str,
+    tokenizer: Tokenizer,
+    length: int,
+    seed: int,
+    split: Split = "heldout",
+    tasks: Mapping[str, Task] = TASKS,
 ) -> Sample:
     """Build one sample; the same arguments always give the same sample.
 
     Parameters
     ----------
     task : str
-        A name in `TASKS`.
+        A name in `tasks`.
     tokenizer : PreTrainedTokenizerBase
         Any transformers tokenizer.
     length : int
@@ -201,6 +218,8 @@ def make_sample(
         At least 0. The two splits draw from different streams and different spaces.
     split : {"heldout", "train"}
         Which documents, keys, names and values to use.
+    tasks : mapping of str to Task
+        What there is, in an order that does not change.
 
     Returns
     -------
@@ -211,18 +230,18 @@ def make_sample(
     ValueError
         If the task or the split is unknown, the seed negative, or the length too short.
     """
-    if task not in TASKS:
-        raise ValueError(f"task={task!r} is unknown; use one of {', '.join(TASKS)}")
+    if task not in tasks:
+        raise ValueError(f"task={task!r} is unknown; use one of {', '.join(tasks)}")
     if split not in ("train", "heldout"):
         raise ValueError(f"split={split!r} is unknown; use 'train' or 'heldout'")
     if seed < 0:
         raise ValueError(f"seed={seed} is negative; use 0 or more")
-    stream = (seed, list(TASKS).index(task), int(split == "heldout"))
-    ids, start, evidence = TASKS[task].build(
+    stream = (seed, list(tasks).index(task), int(split == "heldout"))
+    ids, start, evidence = tasks[task].build(
         tokenizer, np.random.default_rng(stream), length, split
     )
     answer = tokenizer.decode(ids[start:].tolist())
-    return Sample(task, ids, start, length, answer, TASKS[task].sensitive, evidence)
+    return Sample(task, ids, start, length, answer, tasks[task].sensitive, evidence)
 
 
 # ---- Dense supervision, to train a backbone from scratch ----
