@@ -202,7 +202,7 @@ def make_sample(
     length: int,
     seed: int,
     split: Split = "heldout",
-    tasks: Mapping[str, Task] = TASKS,
+    tasks: Mapping[str, Task] | None = None,
 ) -> Sample:
     """Build one sample; the same arguments always give the same sample.
 
@@ -218,8 +218,8 @@ def make_sample(
         At least 0. The two splits draw from different streams and different spaces.
     split : {"heldout", "train"}
         Which documents, keys, names and values to use.
-    tasks : mapping of str to Task
-        What there is, in an order that does not change.
+    tasks : mapping, optional
+        What tasks there are, by name, in an order that does not change; `TASKS` by default.
 
     Returns
     -------
@@ -230,6 +230,7 @@ def make_sample(
     ValueError
         If the task or the split is unknown, the seed negative, or the length too short.
     """
+    tasks = TASKS if tasks is None else tasks
     if task not in tasks:
         raise ValueError(f"task={task!r} is unknown; use one of {', '.join(tasks)}")
     if split not in ("train", "heldout"):

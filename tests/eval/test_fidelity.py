@@ -178,6 +178,7 @@ def test_the_backend_stays_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ec.current_backend() == "serial"
     assert len(calls) == LAYERS
     monkeypatch.setattr(SerialAttention, "supports", lambda *x: (False, "not today."))
+    ec.list_backends()  # so that it is asked again
     with ec.use_backend("serial"), pytest.raises(UnsupportedRequest, match="not today"):
         head_fidelity(made, [sample()], STREAMING)
     assert ec.current_backend() == "auto"
