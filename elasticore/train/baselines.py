@@ -191,7 +191,7 @@ class DuoTrainer(GateTrainer):
         It is taken where learnt tokens are predicted, and weighted as the cross-entropy would be.
         """
         with torch.no_grad(), retrieval_only(routers(backbone)):
-            full, _ = hidden_states(backbone, backbone, {**inputs, PASS: Pass()})
+            full, _ = hidden_states(backbone, backbone, {**inputs, PASS: Pass(inputs[PASS].prompt)})
         mixed, outputs = hidden_states(model, backbone, inputs)
         distance = learnt.rows(mixed).float() - learnt.rows(full).float()
         return (distance.square().mean(-1) * learnt.weights).sum(), outputs

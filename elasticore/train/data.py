@@ -34,12 +34,33 @@ class TrainingSample:
         Name of its task, one of the objective's targets.
     origin
         Where it comes from, for messages: a file and a line, or a number.
+    prompt
+        How many of its tokens, from the first on, are its prompt: what it is routed by, in training
+        as when the model is used. 0, the default, finds it: the prompt ends where learning begins.
+        What is learnt from its very beginning is plain text, without an answer; all of that is its
+        prompt.
+
+    Raises
+    ------
+    ValueError
+        If the prompt has more tokens than the sample.
     """
 
     input_ids: Tensor
     labels: Tensor
     task: str
     origin: str = ""
+    prompt: int = 0
+
+    def __post_init__(self) -> None:
+        size = len(self.input_ids)
+        if not 0 <= self.prompt <= size:
+            raise ValueError(f"prompt must be from 0 to the sample's {size} tokens: {self.prompt}.")
+        if self.prompt == 0:
+            learnt = (self.labels != IGNORED).nonzero()
+            first = int(learnt[0]) if len(learnt) else size
+            # Nothing comes before the first token, so its label may be missing from plain text.
+            object.__setattr__(self, "prompt", first if first > 1 else size)
 
     def __str__(self) -> str:
         return f"{self.origin or 'a sample'} ({self.task}, {len(self.input_ids)} tokens)"
@@ -116,7 +137,8 @@ class OfflineTasks(Dataset[TrainingSample]):
         ids = torch.as_tensor(np.asarray(sample.input_ids), dtype=torch.int64)
         labels = torch.full_like(ids, IGNORED)
         labels[sample.start : sample.stop] = ids[sample.start : sample.stop]
-        return TrainingSample(ids, labels, task, f"offline {self.split} sample {index}")
+        origin = f"offline {self.split} sample {index}"
+        return TrainingSample(ids, labels, task, origin, sample.start)
 
 
 class JsonLines(Dataset[TrainingSample]):
@@ -220,6 +242,7 @@ class PackedSamples(Dataset[tuple[TrainingSample, ...]]):
                 torch.tensor(one.labels, dtype=torch.int64),
                 one.task,
                 f"{where}, sequence {number}",
+                one.prompt,
             )
             for number, one in enumerate(self.data[index])
         )
@@ -262,7 +285,7 @@ class Collator:
     ) -> dict[str, Any]:
         """The model's inputs and, beside them, what the loss is made of, and ``origins`` in words.
 
-        ``task_ids`` ``[samples]``; ``labels`` and ``loss_weights`` ``[rows, T]``, at the tokens to
+        ``task_ids`` and ``prompt`` ``[samples]``, the latter in tokens; ``labels`` and ``loss_weights`` ``[rows, T]``, at the tokens to
         be learnt; ``predicting`` ``[learnt tokens]``: where the token before each of them lies in
         the flattened ``[rows, T]``. Prompts are not predicted, so no logits are made for them.
         """
@@ -291,6 +314,7 @@ class Collator:
         ids = [sample.input_ids for sample in samples]
         made: dict[str, Any] = {
             "task_ids": torch.tensor([self.tasks.index(sample.task) for sample in samples]),
+            "prompt": torch.tensor([sample.prompt for sample in samples]),
             "origins": [str(sample) for sample in samples],
         }
         if self.packed:

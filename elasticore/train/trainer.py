@@ -205,7 +205,7 @@ class RouterTrainer(ResumableTrainer):
         here = learnt.part(*inputs.pop("slice")) if "slice" in inputs else learnt
         backbone = self._elastic()
         self.note_samples(origins, model.training)
-        one = Pass()
+        one = Pass(inputs.pop("prompt"))
         try:
             lm_loss, outputs = self.fidelity(model, backbone, {**inputs, PASS: one}, here)
         except ValueError as error:  # on a CPU, a gate that is NaN is refused
