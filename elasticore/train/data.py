@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from elasticore.checks import check_int, check_number
-from elasticore.data.encoding import fingerprint
+from elasticore.data.encoding import Encoder, fingerprint
 from elasticore.data.parquet import PackedParquet
+from elasticore.data.prompting import end_token, prompt_tokens
 from elasticore.data.sequence import IGNORED
 
 __all__ = ["Collator", "JsonLines", "Learnt", "OfflineTasks", "PackedSamples", "TrainingSample"]
@@ -144,8 +145,14 @@ class OfflineTasks(Dataset[TrainingSample]):
 class JsonLines(Dataset[TrainingSample]):
     """Samples from a file with one JSON object a line.
 
-    A line holds ``task`` and either ``input_ids`` and ``labels``, or ``prompt`` and ``answer``,
-    which are tokenized as they are; only the answer, and the end of text, is learnt.
+    A line holds ``task`` and one of
+
+    - ``messages``, a list of ``role`` and ``content`` whose last one is the assistant's answer:
+      the chat template writes them, as in ``elasticore data build``, and the answer with its end
+      mark is learnt;
+    - ``prompt`` and ``answer``, which are tokenized as they are, with a beginning of text where the
+      model has one; only the answer, and the end of text, is learnt;
+    - ``input_ids`` and ``labels``.
 
     Parameters
     ----------
@@ -155,6 +162,12 @@ class JsonLines(Dataset[TrainingSample]):
         The model's tokenizer.
     max_length
         Longer samples are an error: a cut prompt has lost what its answer needs.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If there is no file; if a line is not as above, or needs a chat template or an end of text
+        that the tokenizer does not have.
     """
 
     def __init__(self, path: str | Path, tokenizer: Any, max_length: int) -> None:
@@ -170,33 +183,55 @@ class JsonLines(Dataset[TrainingSample]):
             raise ValueError(f"path {self.path} holds no sample.")
 
     def _row(self, number: int, line: str, tokenizer: Any, max_length: int) -> TrainingSample:
-        where = f"{self.path}, line {number}"
+        where, start = f"{self.path}, line {number}", 0
         try:
             row = json.loads(line)
             task = row["task"]
             if "input_ids" in row:
                 ids, labels = list(row["input_ids"]), list(row["labels"])
             else:
-                prompt = tokenizer(row["prompt"])["input_ids"]
-                answer = tokenizer(row["answer"], add_special_tokens=False)["input_ids"]
-                answer = [*answer, tokenizer.eos_token_id]
+                prompt, answer = _asked(row, tokenizer, where)
+                start = len(prompt)
                 ids, labels = prompt + answer, [IGNORED] * len(prompt) + answer
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{where}: expected a JSON object with task and either input_ids and labels, or "
-                f"prompt and answer; got {error!r}."
+                f"{where}: expected a JSON object with task and one of messages; prompt and "
+                f"answer; input_ids and labels; got {error!r}."
             ) from error
         if len(ids) != len(labels):
             raise ValueError(f"{where}: {len(ids)} input_ids but {len(labels)} labels.")
         if not 2 <= len(ids) <= max_length:
             raise ValueError(f"{where}: {len(ids)} tokens; accepted are 2 to {max_length}.")
-        return TrainingSample(torch.tensor(ids), torch.tensor(labels), str(task), where)
+        return TrainingSample(torch.tensor(ids), torch.tensor(labels), str(task), where, start)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> TrainingSample:
         return self.rows[index]
+
+
+def _asked(row: Any, tokenizer: Any, where: str) -> tuple[list[int], list[int]]:
+    """Tokens of a row's prompt and of its answer."""
+    if "messages" not in row:
+        end = end_token(
+            tokenizer, f"{where} needs after its answer", ", or give messages for its chat template"
+        )
+        answer = tokenizer(row["answer"], add_special_tokens=False)["input_ids"]
+        return prompt_tokens(tokenizer, row["prompt"]), [*answer, end]
+    messages = row["messages"]
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise ValueError(
+            f"{where}: messages must end with the assistant's answer to an earlier one."
+        )
+    found = Encoder(tokenizer).conversation(messages)
+    if found is None:
+        raise ValueError(
+            f"{where}: the last message is empty, or the chat template changes what comes before "
+            "it once it is there, so prompt and answer cannot be told apart; give prompt and "
+            "answer."
+        )
+    return found
 
 
 class PackedSamples(Dataset[tuple[TrainingSample, ...]]):
@@ -285,9 +320,10 @@ class Collator:
     ) -> dict[str, Any]:
         """The model's inputs and, beside them, what the loss is made of, and ``origins`` in words.
 
-        ``task_ids`` and ``prompt`` ``[samples]``, the latter in tokens; ``labels`` and ``loss_weights`` ``[rows, T]``, at the tokens to
-        be learnt; ``predicting`` ``[learnt tokens]``: where the token before each of them lies in
-        the flattened ``[rows, T]``. Prompts are not predicted, so no logits are made for them.
+        ``task_ids`` and ``prompt`` ``[samples]``, the latter in tokens; ``labels`` and
+        ``loss_weights`` ``[rows, T]``, at the tokens to be learnt; ``predicting``
+        ``[learnt tokens]``: where the token before each of them lies in the flattened
+        ``[rows, T]``. Prompts are not predicted, so no logits are made for them.
         """
         samples = [
             sample
