@@ -50,7 +50,7 @@ class TokenSequence:
 
     @property
     def prompt(self) -> int:
-        """How many tokens come before its first answer; 0 if no span says where that is."""
+        """How many tokens come before its first answer; 0 if none says where that is."""
         return min((start for kind, start, _ in self.spans if kind == "answer"), default=0)
 
     @property

@@ -73,7 +73,7 @@ class ElasticLM(HFLM):
             batch_size=batch_size,
             max_length=max_length,
             backend="causal",
-            enable_thinking=thinking,
+            chat_template_args={"enable_thinking": thinking},
             **settings,
         )
         self.journal = journal
