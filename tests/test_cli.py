@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from elasticore import AllSparse, Elastic, Streaming, UnsupportedModel, __version__
+from elasticore.assets import tiny
 from elasticore.cli import app, checking
 
 runner = CliRunner()
@@ -97,6 +99,34 @@ def test_run_answers_a_file_and_reports_the_routing(tmp_path: Path) -> None:
     assert report["msr"] == pytest.approx(sum(shares) / len(shares))
     again = runner.invoke(app, [*arguments, "--max-new-tokens", "8"])
     assert report["answer"].strip()[:4] in again.stdout
+
+
+def test_run_takes_no_settings_of_generation_from_the_model(tmp_path: Path) -> None:
+    folder, prompt = tmp_path / "backbone", tmp_path / "prompt.txt"
+    shutil.copytree(tiny() / "backbone", folder)
+    prompt.write_text("import os\nimport sys\nimport", "utf-8")
+    arguments = ["run", "--model", str(folder), "--router", "tiny", "--prompt-file", str(prompt)]
+    arguments += ["--dtype", "float32", "--max-new-tokens", "12", "--json"]
+    answers = []
+    for change in ({}, {"repetition_penalty": 2.0, "num_beams": 2, "no_repeat_ngram_size": 2}):
+        file = folder / "generation_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), **change}), "utf-8")
+        result = runner.invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+        answers.append(json.loads(result.stdout)["answer"])
+    assert answers[0] == answers[1]
+
+
+def test_run_thinks_with_a_chat_template_only(tmp_path: Path) -> None:
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("Why?", "utf-8")
+    arguments = ["run", "--model", "tiny", "--prompt-file", str(prompt)]
+    result = runner.invoke(app, [*arguments, "--thinking"])
+    assert result.exit_code == 2
+    assert "pass --chat, too" in " ".join(result.stderr.split())
+    result = runner.invoke(app, [*arguments, "--chat"])
+    assert result.exit_code == 2
+    assert "has no chat template" in " ".join(result.stderr.split())
 
 
 def test_run_refuses_an_empty_and_an_overlong_prompt(tmp_path: Path) -> None:

@@ -108,6 +108,9 @@ def run(
         bool, typer.Option(help="Insist on the weights the routers were trained on.")
     ] = True,
     chat: Annotated[bool, typer.Option(help="Wrap the prompt in the chat template.")] = False,
+    thinking: Annotated[
+        bool, typer.Option(help="Let a model that can think do so, with --chat.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Answer one prompt and show how it was routed.
@@ -118,25 +121,27 @@ def run(
         import torch
 
         from elasticore.choice import use_backend
+        from elasticore.data.prompting import chat_tokens, prompt_tokens
         from elasticore.models.elastic import elasticize
+        from elasticore.models.generating import greedy
         from elasticore.models.loading import TINY, load_backbone
         from elasticore.models.recording import record
 
         text = sys.stdin.read() if str(prompt_file) == "-" else prompt_file.read_text("utf-8")
         if not text.strip():
             raise ValueError(f"prompt-file {prompt_file} is empty.")
+        if thinking and not chat:
+            raise ValueError("thinking is a setting of the chat template: pass --chat, too.")
         with use_backend(backend), err.status(f"loading {model}"):
             backbone, tokenizer = load_backbone(model, dtype)
             if router is None and model != TINY:
                 raise ValueError("router is missing: pass --router with the trained routers.")
             elasticize(backbone, router or TINY, check_base=check_base)
         if chat:
-            text = tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-            )
-        inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
-        inputs = inputs.to(backbone.device)
-        length, longest = inputs["input_ids"].shape[1], backbone.config.max_position_embeddings
+            tokens = chat_tokens(tokenizer, text, thinking=thinking)
+        else:
+            tokens = prompt_tokens(tokenizer, text)
+        length, longest = len(tokens), backbone.config.max_position_embeddings
         if length + max_new_tokens > longest:
             raise ValueError(
                 f"prompt-file has {length} tokens, and with max_new_tokens={max_new_tokens} that "
@@ -147,11 +152,19 @@ def run(
             err.status(f"reading {length:,} tokens"),
             record() as trace,
             torch.no_grad(),
+            greedy(backbone),
         ):
-            output = backbone.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+            inputs = torch.tensor([tokens], device=backbone.device)
+            output = backbone.generate(
+                input_ids=inputs,
+                attention_mask=torch.ones_like(inputs),
+                max_new_tokens=max_new_tokens,
+            )
         answer = tokenizer.decode(output[0, length:].tolist(), skip_special_tokens=True)
     one = trace.prefill
     figures = {
+        "chat": chat,
+        "thinking": thinking,
         "prompt_tokens": length,
         "new_tokens": output.shape[1] - length,
         "backend": one.backend,

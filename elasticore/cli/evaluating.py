@@ -45,6 +45,9 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1)] = 1,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     chat: Annotated[bool, typer.Option(help="Apply the chat template.")] = False,
+    thinking: Annotated[
+        bool, typer.Option(help="Let a model that can think do so, with --chat.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of the samples that are made here.")] = 0,
     backend: Backend = "auto",
     check_base: Annotated[
@@ -111,6 +114,7 @@ def evaluate(
             batch_size=batch_size,
             backend=backend,
             chat=chat,
+            thinking=thinking,
             seed=seed,
         )
         run_evaluation(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,14 @@ from typing import Any, Literal
 
 import numpy as np
 
+from elasticore.data.prompting import (
+    blanked,
+    chat_text,
+    end_token,
+    first_tokens,
+    name_of,
+    special_words,
+)
 from elasticore.data.sequence import IGNORED, Span, TokenSequence
 from elasticore.data.sources import Example
 
@@ -46,7 +55,7 @@ class Encoder:
     loss: Literal["answer", "all"] = "answer"
 
     def __post_init__(self) -> None:
-        name = getattr(self.tokenizer, "name_or_path", "") or type(self.tokenizer).__name__
+        name = name_of(self.tokenizer)
         if self.template not in ("chat", "plain"):
             raise ValueError(f"template must be 'chat' or 'plain', got {self.template!r}.")
         if self.loss not in ("answer", "all"):
@@ -61,11 +70,8 @@ class Encoder:
                 f"tokenizer {name} has no chat template; use that of the instruct model, or "
                 "template plain."
             )
-        if self.template == "plain" and self.tokenizer.eos_token_id is None:
-            raise ValueError(
-                f"tokenizer {name} has no end-of-text token, which template plain puts after "
-                "answers; use template chat."
-            )
+        if self.template == "plain":
+            end_token(self.tokenizer, "template plain puts after answers", ", or use template chat")
         if self._texts("Question?", "Answer.") is None:
             raise ValueError(
                 f"tokenizer {name}: its chat template changes what comes before an answer once "
@@ -79,35 +85,46 @@ class Encoder:
         Special tokens that stand in its text become blanks. None if the template rewrites this
         example, as some do with marks of thinking.
         """
-        blanked = self._blank(example.prompt)
-        texts = self._texts(blanked.strip(), self._blank(example.answer).strip())
+        prompt_text = self._blank(example.prompt)
+        texts = self._texts(prompt_text.strip(), self._blank(example.answer).strip())
         if texts is None:
             return None
         before, after, shift = texts
-        shift -= len(blanked) - len(blanked.lstrip())
+        shift -= len(prompt_text) - len(prompt_text.lstrip())
         # A template writes the special tokens itself.
-        prompt = self.tokenizer(
-            before,
-            add_special_tokens=self.template == "plain",
-            return_offsets_mapping=bool(example.evidence),
-            verbose=False,
-        )
-        answer = self.tokenizer(after, add_special_tokens=False, verbose=False)["input_ids"]
+        first, last = [], []
         if self.template == "plain":
-            answer = [*answer, self.tokenizer.eos_token_id]
-        ids = np.array([*prompt["input_ids"], *answer], dtype=np.int32)
-        start = len(prompt["input_ids"])
+            first, last = first_tokens(self.tokenizer), [self.tokenizer.eos_token_id]
+        prompt = self._encode(before, return_offsets_mapping=bool(example.evidence))
+        start = len(first) + len(prompt["input_ids"])
+        answer_ids = self._encode(after)["input_ids"]
+        ids = np.array([*first, *prompt["input_ids"], *answer_ids, *last], dtype=np.int32)
         labels = ids.copy()
         if self.loss == "answer":
             labels[:start] = IGNORED
         spans = [Span("answer", start, len(ids))]
         if example.evidence:
             starts, stops = np.array(prompt["offset_mapping"]).T
-            for first, last in example.evidence:
-                begin = int(np.searchsorted(stops, first + shift, "right"))
-                end = int(np.searchsorted(starts, last + shift, "left"))
-                spans.append(Span("evidence", begin, end))
+            for begin, end in example.evidence:
+                begin = int(np.searchsorted(stops, begin + shift, "right"))
+                end = int(np.searchsorted(starts, end + shift, "left"))
+                spans.append(Span("evidence", len(first) + begin, len(first) + end))
         return TokenSequence(ids, labels, example.task, source, tuple(spans))
+
+    def conversation(
+        self, messages: Sequence[Mapping[str, str]]
+    ) -> tuple[list[int], list[int]] | None:
+        """Tokens of a conversation up to its last message, and of that with its end mark.
+
+        As those of an example with template ``"chat"``, of one or of several turns. None if the
+        template rewrites it.
+        """
+        clean = [{**one, "content": self._blank(one["content"]).strip()} for one in messages]
+        texts = self._split(clean)
+        if texts is None:
+            return None
+        before, after = texts
+        return self._encode(before)["input_ids"], self._encode(after)["input_ids"]
 
     def _texts(self, prompt: str, answer: str) -> tuple[str, str, int] | None:
         """Text up to the answer, the answer with its end, and where the prompt starts."""
@@ -117,26 +134,28 @@ class Encoder:
             {"role": "user", "content": prompt},
             {"role": "assistant", "content": answer},
         ]
-        # Templates ignore settings that they do not know.
-        before, whole = (
-            self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=asks, enable_thinking=False
-            )
-            for turns, asks in ((messages[:1], True), (messages, False))
-        )
-        start, after = before.find(prompt), whole.removeprefix(before).rstrip()
-        if start < 0 or not whole.startswith(before) or answer not in after or not answer:
+        texts = self._split(messages)
+        start = -1 if texts is None else texts[0].find(prompt)
+        return None if texts is None or start < 0 else (*texts, start)
+
+    def _split(self, messages: Sequence[Mapping[str, str]]) -> tuple[str, str] | None:
+        """Text up to the last message, and that with its end mark."""
+        before = chat_text(self.tokenizer, messages[:-1])
+        whole, answer = chat_text(self.tokenizer, messages, asks=False), messages[-1]["content"]
+        after = whole.removeprefix(before).rstrip()
+        if not whole.startswith(before) or answer not in after or not answer:
             return None
-        return before, after, start
+        return before, after
 
     def _blank(self, text: str) -> str:
-        return self._special.sub(lambda found: " " * len(found[0]), text)
+        return blanked(text, self._special)
 
     @cached_property
     def _special(self) -> re.Pattern[str]:
-        added = self.tokenizer.added_tokens_decoder.values()
-        words = sorted({token.content for token in added if token.special}, reverse=True)
-        return re.compile("|".join(map(re.escape, words)) or "(?!)")
+        return special_words(self.tokenizer)
+
+    def _encode(self, text: str, **settings: Any) -> Any:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False, **settings)
 
 
 def fingerprint(tokenizer: Any) -> dict[str, Any]:

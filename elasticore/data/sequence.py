@@ -49,6 +49,11 @@ class TokenSequence:
         return len(self.input_ids)
 
     @property
+    def prompt(self) -> int:
+        """How many tokens come before its first answer; 0 if none says where that is."""
+        return min((start for kind, start, _ in self.spans if kind == "answer"), default=0)
+
+    @property
     def learnt(self) -> int:
         """How many tokens are learnt; the first never is, as nothing comes before it."""
         return int(np.count_nonzero(self.labels[1:] != IGNORED))

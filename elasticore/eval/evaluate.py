@@ -49,6 +49,9 @@ class Evaluation:
         Folder of the benchmarks' files; None asks the hub.
     dtype, backend, chat, seed
         Of the model and its generation.
+    thinking
+        Whether the model is to think before it answers, where its chat template knows of that.
+        Training data are built without.
     batch_size
         Prompts at a time. An evaluation may be resumed with another: answers agree up to rounding,
         and each notes the size of its batch.
@@ -65,7 +68,12 @@ class Evaluation:
     batch_size: int = 1
     backend: str = "auto"
     chat: bool = False
+    thinking: bool = False
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.thinking and not self.chat:
+            raise ValueError("thinking is a setting of the chat template; set chat, too.")
 
 
 def evaluate(
@@ -150,6 +158,7 @@ def _run(
         tokenizer,
         journal,
         batch_size=evaluation.batch_size,
+        thinking=evaluation.thinking,
         progress=lambda batches: progress(method.name, batches),
     )
     found: Any = simple_evaluate(

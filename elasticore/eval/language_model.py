@@ -13,9 +13,12 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from elasticore.data.prompting import end_token, prompt_tokens
 from elasticore.errors import UnsupportedRequest
+from elasticore.eval.benchmarks.task import CHAT
 from elasticore.eval.journal import Journal, key
 from elasticore.eval.measuring import Measures, measured
+from elasticore.models.generating import greedy
 
 __all__ = ["ElasticLM"]
 
@@ -34,16 +37,19 @@ class ElasticLM(HFLM):
         Prompts of a batch; they are padded on the left.
     max_length
         Tokens of the longest prompt with its answer; None means what the model's positions allow.
+    thinking
+        Whether the chat template is to let the model think before it answers.
     progress
         Wraps the batches, for a progress bar.
     settings
-        Of :class:`lm_eval.models.huggingface.HFLM`, as ``enable_thinking``.
+        Of :class:`lm_eval.models.huggingface.HFLM`.
 
     Raises
     ------
     ValueError
         In a request for loglikelihoods, which would route answers together with their prompts; if
-        a prompt with its answer is longer than the model's positions.
+        a prompt with its answer is longer than the model's positions; if the tokenizer has no end
+        of text.
     UnsupportedRequest
         If a batch does not fit into memory; the message says which, and what to do.
     """
@@ -56,24 +62,29 @@ class ElasticLM(HFLM):
         *,
         batch_size: int = 1,
         max_length: int | None = None,
+        thinking: bool = False,
         progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
         **settings: Any,
     ) -> None:
+        end_token(tokenizer, "ends answers")
         super().__init__(
             pretrained=model,
             tokenizer=tokenizer,
             batch_size=batch_size,
             max_length=max_length,
             backend="causal",
+            chat_template_args={"enable_thinking": thinking},
             **settings,
         )
         self.journal = journal
         self.progress = progress
         self._measures: list[Measures] = []
+        self._prompts: dict[str, list[int]] = {}
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answers in the order of ``requests``."""
-        sizes = {key(request): len(self.tok_encode(request.args[0])) for request in requests}
+        tokens = {key(request): self._tokens(request) for request in requests}
+        sizes = {name: len(own) for name, own in tokens.items()}
         self._check_lengths(requests, sizes)
         # A batch that was cut off is answered again as a whole, so that a resumed run computes what
         # a run in one piece would have.
@@ -85,6 +96,7 @@ class ElasticLM(HFLM):
         for batch in self.progress(todo):
             order = _Order()
             self.cache_hook = order
+            self._prompts = {request.args[0]: tokens[key(request)] for request in batch}
             try:
                 answers = super().generate_until(batch, disable_tqdm=True)
             except RuntimeError as error:
@@ -124,13 +136,9 @@ class ElasticLM(HFLM):
 
     def _batches(self, requests: list[Instance], sizes: dict[str, int]) -> Iterator[list[Instance]]:
         """Requests with the same settings, by falling length, so that too long ones fail first."""
-        first = str(self.tokenizer.bos_token or "\0")
 
         def settings(request: Instance) -> str:
-            # The harness looks for a first token in the first prompt of a batch, and for the rest
-            # takes it as read: chat templates write one, plain prompts do not.
-            prompt, generation = request.args
-            return repr((prompt.startswith(first), sorted(generation.items())))
+            return repr(sorted(request.args[1].items()))
 
         ordered = sorted(requests, key=lambda r: (settings(r), -sizes[key(r)]))
         for _, alike in groupby(ordered, settings):
@@ -138,10 +146,28 @@ class ElasticLM(HFLM):
             for start in range(0, len(group), self.batch_size):
                 yield group[start : start + self.batch_size]
 
+    def _tokens(self, request: Instance) -> list[int]:
+        """As the model is asked anywhere else; a chat template has written all special tokens."""
+        prompt, settings = request.args
+        if settings.get(CHAT):
+            ids: list[int] = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            return ids
+        return prompt_tokens(self.tokenizer, prompt)
+
+    def tok_batch_encode(self, strings: Sequence[str], **_: Any) -> tuple[Tensor, Tensor]:
+        """The prompts' tokens, padded on the left, and their mask; lengths were checked."""
+        rows = [self._prompts[text] for text in strings]
+        width = max(map(len, rows))
+        padding = self.tokenizer.pad_token_id
+        ids = [[padding] * (width - len(row)) + row for row in rows]
+        mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+        return torch.tensor(ids), torch.tensor(mask)
+
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], **settings: Any
     ) -> Tensor:
-        with measured(self.model) as batch:
+        settings.pop(CHAT, None)  # of the prompt
+        with greedy(self.model), measured(self.model) as batch:
             out: Tensor = super()._model_generate(context, max_length, stop, **settings)
         lengths = settings["attention_mask"].sum(1)
         new = out[:, context.shape[1] :]

@@ -60,7 +60,8 @@ def load_suites(evaluation: Evaluation, tokenizer: Any, positions: int) -> list[
         if suite == "basic":
             made += load_basic(tokenizer, lengths, samples, seed, **some)
         elif suite == "ruler-like":
-            template: dict[str, Any] | None = {} if evaluation.chat else None
+            thinking = {"enable_thinking": evaluation.thinking}
+            template: dict[str, Any] | None = thinking if evaluation.chat else None
             groups = load_ruler_like(tokenizer, lengths, samples, seed, template=template, **some)
             made += _with_mean(suite, groups)
         elif suite == "ruler":

@@ -21,6 +21,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
+from elasticore.data.prompting import first_tokens
 from elasticore.eval.corpus import Document, Kind, Split, documents
 from elasticore.eval.facts import FactMaker, chains, needles
 
@@ -40,7 +41,8 @@ class Sample:
     task : str
         Name of the task.
     input_ids : ndarray of int64, shape (length,)
-        Prompt ``input_ids[:start]``, answer ``input_ids[start:stop]``; `stop` is the length.
+        Prompt ``input_ids[:start]``, answer ``input_ids[start:stop]``; `stop` is the length. The
+        prompt begins with the tokenizer's first token, if it has one.
     start, stop : int
         Span of the answer, in tokens.
     answer : str
@@ -74,6 +76,11 @@ def encode(tokenizer: Tokenizer, text: str) -> Tokens:
 
 def _join(tokenizer: Tokenizer, pieces: Sequence[str]) -> Tokens:
     return np.concatenate([encode(tokenizer, piece) for piece in pieces])
+
+
+def _first(tokenizer: Tokenizer) -> Tokens:
+    """What some models need before every text."""
+    return np.asarray(first_tokens(tokenizer), dtype=np.int64)
 
 
 def _pick(tokenizer: Tokenizer, rng: np.random.Generator, found: Sequence[Document]) -> Tokens:
@@ -130,7 +137,8 @@ def _retrieval(make: FactMaker, count: int) -> Build:
         asked = facts[0]  # facts are drawn in random order
         statements = [_join(tokenizer, s) for fact in facts for s in fact.statements]
         question, answer = _join(tokenizer, asked.question), _join(tokenizer, asked.answer)
-        room = length - len(question) - len(answer) - sum(map(len, statements))
+        first = _first(tokenizer)
+        room = length - sum(map(len, (first, question, answer, *statements)))
         if room < 0:
             raise ValueError(
                 f"length={length} is too short for this task with this tokenizer; "
@@ -141,10 +149,10 @@ def _retrieval(make: FactMaker, count: int) -> Build:
         text = filler(tokenizer, rng, split, room, "code" if rng.random() < 0.5 else "prose")
         body, starts = weave(text, statements, depths)
         evidence = tuple(
-            (int(starts[i]), int(starts[i]) + len(statements[i]))
+            (len(first) + int(starts[i]), len(first) + int(starts[i]) + len(statements[i]))
             for i in range(len(asked.statements))
         )
-        return np.concatenate([body, question, answer]), length - len(answer), evidence
+        return np.concatenate([first, body, question, answer]), length - len(answer), evidence
 
     return build
 
@@ -160,9 +168,11 @@ def _continuation(kind: Kind) -> Build:
         while len(tokens) < 2 * asked:  # the answer must have a beginning in its own document
             tokens = _pick(tokenizer, rng, documents(split, kind))
         stop = int(rng.integers(2 * asked, len(tokens) + 1))
-        tokens = tokens[max(0, stop - length) : stop]
-        before = filler(tokenizer, rng, split, length - len(tokens), kind)
-        return np.concatenate([before, tokens]), length - asked, ()
+        first = _first(tokenizer)
+        room = length - len(first)
+        tokens = tokens[max(0, stop - room) : stop]
+        before = filler(tokenizer, rng, split, room - len(tokens), kind)
+        return np.concatenate([first, before, tokens]), length - asked, ()
 
     return build
 

@@ -39,7 +39,7 @@ from elasticore.router.gates import (
 from elasticore.router.policies import LayerShape, Policy
 from elasticore.router.tables import HeadTable, write_duo, write_prulong
 from elasticore.train.loss import hidden_states
-from elasticore.train.objective import LagrangianObjective, SparsityPenalty
+from elasticore.train.objective import LagrangianObjective, SparsityPenalty, sum_over_processes
 from elasticore.train.trainer import Learnt, RouterTrainer, load_layers
 
 __all__ = [
@@ -81,12 +81,25 @@ class GatePrice(nn.Module):
         self.weight = weight
 
     def forward(
-        self, msr: Tensor, task_ids: Tensor, *, all_processes: bool = False
+        self,
+        msr: Tensor,
+        task_ids: Tensor,
+        *,
+        all_processes: bool = False,
+        step: Tensor | None = None,
     ) -> SparsityPenalty:
-        """The price where ``msr`` ``[samples]``, the same for all of them, is 1 - mean α."""
-        mean = msr.float().mean()
-        count = torch.tensor([msr.numel()], device=msr.device)
-        return SparsityPenalty(self.weight * (1 - mean), mean.detach()[None], count)
+        """The price where ``msr`` ``[samples]``, the same for all of them, is 1 - mean α.
+
+        The arguments are those of :meth:`LagrangianObjective.forward`.
+        """
+        mean, count = msr.float().mean(), self.count(task_ids, all_processes=all_processes)
+        share = 1 if step is None else (count / step).squeeze()
+        return SparsityPenalty(self.weight * (1 - mean) * share, mean.detach()[None], count)
+
+    def count(self, task_ids: Tensor, *, all_processes: bool = False) -> Tensor:
+        """All samples, as one task: int64 ``[1]``."""
+        count = torch.tensor([task_ids.numel()], device=task_ids.device)
+        return sum_over_processes(count) if all_processes else count
 
     def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Nothing to train."""
@@ -126,11 +139,13 @@ class RisingTarget(LagrangianObjective):
         super().__init__({"all": sparsity}, signed=True, init=(0.0, 0.0))
         self.sparsity, self.ramp = sparsity, ramp
 
-    def forward(
-        self, msr: Tensor, task_ids: Tensor, *, all_processes: bool = False
-    ) -> SparsityPenalty:
+    def forward(self, msr: Tensor, task_ids: Tensor, **batch: Any) -> SparsityPenalty:
         """As :class:`LagrangianObjective`, with all samples in one task."""
-        return super().forward(msr, torch.zeros_like(task_ids), all_processes=all_processes)
+        return super().forward(msr, torch.zeros_like(task_ids), **batch)
+
+    def count(self, task_ids: Tensor, **batch: Any) -> Tensor:
+        """As :class:`LagrangianObjective`, with all samples in one task."""
+        return super().count(torch.zeros_like(task_ids), **batch)
 
     def rise(self, step: int, max_steps: int) -> None:
         """Set t for ``step`` (optimizer steps done so far) of ``max_steps``."""
@@ -191,7 +206,7 @@ class DuoTrainer(GateTrainer):
         It is taken where learnt tokens are predicted, and weighted as the cross-entropy would be.
         """
         with torch.no_grad(), retrieval_only(routers(backbone)):
-            full, _ = hidden_states(backbone, backbone, {**inputs, PASS: Pass()})
+            full, _ = hidden_states(backbone, backbone, {**inputs, PASS: Pass(inputs[PASS].prompt)})
         mixed, outputs = hidden_states(model, backbone, inputs)
         distance = learnt.rows(mixed).float() - learnt.rows(full).float()
         return (distance.square().mean(-1) * learnt.weights).sum(), outputs

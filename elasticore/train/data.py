@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from elasticore.checks import check_int, check_number
-from elasticore.data.encoding import fingerprint
+from elasticore.data.encoding import Encoder, fingerprint
 from elasticore.data.parquet import PackedParquet
+from elasticore.data.prompting import end_token, prompt_tokens
 from elasticore.data.sequence import IGNORED
 
 __all__ = ["Collator", "JsonLines", "Learnt", "OfflineTasks", "PackedSamples", "TrainingSample"]
@@ -34,12 +35,33 @@ class TrainingSample:
         Name of its task, one of the objective's targets.
     origin
         Where it comes from, for messages: a file and a line, or a number.
+    prompt
+        How many of its tokens, from the first on, are its prompt: what it is routed by, in training
+        as when the model is used. 0, the default, finds it: the prompt ends where learning begins.
+        What is learnt from its very beginning is plain text, without an answer; all of that is its
+        prompt.
+
+    Raises
+    ------
+    ValueError
+        If the prompt has more tokens than the sample.
     """
 
     input_ids: Tensor
     labels: Tensor
     task: str
     origin: str = ""
+    prompt: int = 0
+
+    def __post_init__(self) -> None:
+        size = len(self.input_ids)
+        if not 0 <= self.prompt <= size:
+            raise ValueError(f"prompt must be from 0 to the sample's {size} tokens: {self.prompt}.")
+        if self.prompt == 0:
+            learnt = (self.labels != IGNORED).nonzero()
+            first = int(learnt[0]) if len(learnt) else size
+            # Nothing comes before the first token, so its label may be missing from plain text.
+            object.__setattr__(self, "prompt", first if first > 1 else size)
 
     def __str__(self) -> str:
         return f"{self.origin or 'a sample'} ({self.task}, {len(self.input_ids)} tokens)"
@@ -116,14 +138,21 @@ class OfflineTasks(Dataset[TrainingSample]):
         ids = torch.as_tensor(np.asarray(sample.input_ids), dtype=torch.int64)
         labels = torch.full_like(ids, IGNORED)
         labels[sample.start : sample.stop] = ids[sample.start : sample.stop]
-        return TrainingSample(ids, labels, task, f"offline {self.split} sample {index}")
+        origin = f"offline {self.split} sample {index}"
+        return TrainingSample(ids, labels, task, origin, sample.start)
 
 
 class JsonLines(Dataset[TrainingSample]):
     """Samples from a file with one JSON object a line.
 
-    A line holds ``task`` and either ``input_ids`` and ``labels``, or ``prompt`` and ``answer``,
-    which are tokenized as they are; only the answer, and the end of text, is learnt.
+    A line holds ``task`` and one of
+
+    - ``messages``, a list of ``role`` and ``content`` whose last one is the assistant's answer:
+      the chat template writes them, as in ``elasticore data build``, and the answer with its end
+      mark is learnt;
+    - ``prompt`` and ``answer``, which are tokenized as they are, with a beginning of text where the
+      model has one; only the answer, and the end of text, is learnt;
+    - ``input_ids`` and ``labels``.
 
     Parameters
     ----------
@@ -133,6 +162,12 @@ class JsonLines(Dataset[TrainingSample]):
         The model's tokenizer.
     max_length
         Longer samples are an error: a cut prompt has lost what its answer needs.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If there is no file; if a line is not as above, or needs a chat template or an end of text
+        that the tokenizer does not have.
     """
 
     def __init__(self, path: str | Path, tokenizer: Any, max_length: int) -> None:
@@ -148,33 +183,55 @@ class JsonLines(Dataset[TrainingSample]):
             raise ValueError(f"path {self.path} holds no sample.")
 
     def _row(self, number: int, line: str, tokenizer: Any, max_length: int) -> TrainingSample:
-        where = f"{self.path}, line {number}"
+        where, start = f"{self.path}, line {number}", 0
         try:
             row = json.loads(line)
             task = row["task"]
             if "input_ids" in row:
                 ids, labels = list(row["input_ids"]), list(row["labels"])
             else:
-                prompt = tokenizer(row["prompt"])["input_ids"]
-                answer = tokenizer(row["answer"], add_special_tokens=False)["input_ids"]
-                answer = [*answer, tokenizer.eos_token_id]
+                prompt, answer = _asked(row, tokenizer, where)
+                start = len(prompt)
                 ids, labels = prompt + answer, [IGNORED] * len(prompt) + answer
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{where}: expected a JSON object with task and either input_ids and labels, or "
-                f"prompt and answer; got {error!r}."
+                f"{where}: expected a JSON object with task and one of messages; prompt and "
+                f"answer; input_ids and labels; got {error!r}."
             ) from error
         if len(ids) != len(labels):
             raise ValueError(f"{where}: {len(ids)} input_ids but {len(labels)} labels.")
         if not 2 <= len(ids) <= max_length:
             raise ValueError(f"{where}: {len(ids)} tokens; accepted are 2 to {max_length}.")
-        return TrainingSample(torch.tensor(ids), torch.tensor(labels), str(task), where)
+        return TrainingSample(torch.tensor(ids), torch.tensor(labels), str(task), where, start)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> TrainingSample:
         return self.rows[index]
+
+
+def _asked(row: Any, tokenizer: Any, where: str) -> tuple[list[int], list[int]]:
+    """Tokens of a row's prompt and of its answer."""
+    if "messages" not in row:
+        end = end_token(
+            tokenizer, f"{where} needs after its answer", ", or give messages for its chat template"
+        )
+        answer = tokenizer(row["answer"], add_special_tokens=False)["input_ids"]
+        return prompt_tokens(tokenizer, row["prompt"]), [*answer, end]
+    messages = row["messages"]
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise ValueError(
+            f"{where}: messages must end with the assistant's answer to an earlier one."
+        )
+    found = Encoder(tokenizer).conversation(messages)
+    if found is None:
+        raise ValueError(
+            f"{where}: the last message is empty, or the chat template changes what comes before "
+            "it once it is there, so prompt and answer cannot be told apart; give prompt and "
+            "answer."
+        )
+    return found
 
 
 class PackedSamples(Dataset[tuple[TrainingSample, ...]]):
@@ -220,6 +277,7 @@ class PackedSamples(Dataset[tuple[TrainingSample, ...]]):
                 torch.tensor(one.labels, dtype=torch.int64),
                 one.task,
                 f"{where}, sequence {number}",
+                one.prompt,
             )
             for number, one in enumerate(self.data[index])
         )
@@ -262,9 +320,10 @@ class Collator:
     ) -> dict[str, Any]:
         """The model's inputs and, beside them, what the loss is made of, and ``origins`` in words.
 
-        ``task_ids`` ``[samples]``; ``labels`` and ``loss_weights`` ``[rows, T]``, at the tokens to
-        be learnt; ``predicting`` ``[learnt tokens]``: where the token before each of them lies in
-        the flattened ``[rows, T]``. Prompts are not predicted, so no logits are made for them.
+        ``task_ids`` and ``prompt`` ``[samples]``, the latter in tokens; ``labels`` and
+        ``loss_weights`` ``[rows, T]``, at the tokens to be learnt; ``predicting``
+        ``[learnt tokens]``: where the token before each of them lies in the flattened
+        ``[rows, T]``. Prompts are not predicted, so no logits are made for them.
         """
         samples = [
             sample
@@ -291,6 +350,7 @@ class Collator:
         ids = [sample.input_ids for sample in samples]
         made: dict[str, Any] = {
             "task_ids": torch.tensor([self.tasks.index(sample.task) for sample in samples]),
+            "prompt": torch.tensor([sample.prompt for sample in samples]),
             "origins": [str(sample) for sample in samples],
         }
         if self.packed:

@@ -100,7 +100,12 @@ class LagrangianObjective(nn.Module):
         self.register_load_state_dict_post_hook(_check_loaded)
 
     def forward(
-        self, msr: Tensor, task_ids: Tensor, *, all_processes: bool = False
+        self,
+        msr: Tensor,
+        task_ids: Tensor,
+        *,
+        all_processes: bool = False,
+        step: Tensor | None = None,
     ) -> SparsityPenalty:
         """The penalty of a batch of samples.
 
@@ -116,6 +121,10 @@ class LagrangianObjective(nn.Module):
             its own samples (:func:`sum_over_processes`). Every process then gets the same result,
             and gradients whose mean over the processes are those of the whole batch: a
             router's through DDP, and a multiplier's, of which each process has the whole.
+        step
+            Samples of each task in the optimizer step that the batch is a part of, as
+            :meth:`count` gives them: the penalties of its parts, and their gradients, then add up
+            to those of all its samples in one batch. None: the batch is the whole step.
 
         Raises
         ------
@@ -137,14 +146,29 @@ class LagrangianObjective(nn.Module):
             sums = sum_over_processes(sums)
         count = sums[0].detach()
         present = count > 0
-        task_msr, first, second = sums[1:4] / count.clamp(min=1)
+        whole = count if step is None else step
+        task_msr = sums[1] / count.clamp(min=1)
+        first, second = sums[2:4] / whole.clamp(min=1)
         per_task = self.lambda1 * first + self.lambda2 * second
-        penalty = torch.where(present, per_task, 0).sum() / present.sum()
+        penalty = torch.where(present, per_task, 0).sum() / (whole > 0).sum()
         return SparsityPenalty(
             torch.where(sums[4, 0] == 0, penalty, math.nan),
             torch.where(present, task_msr.detach(), math.nan),
             count.long(),
         )
+
+    def count(self, task_ids: Tensor, *, all_processes: bool = False) -> Tensor:
+        """How many samples each task has: int64 ``[tasks]``.
+
+        Parameters
+        ----------
+        task_ids
+            int64 ``[samples]``.
+        all_processes
+            As in :meth:`forward`.
+        """
+        count = torch.bincount(task_ids, minlength=len(self.tasks))
+        return sum_over_processes(count) if all_processes else count
 
     def _distance(self, msr: Tensor) -> Tensor:
         """d of every sample for every task, ``[samples, tasks]``, from ``msr [samples, 1]``."""
@@ -260,13 +284,15 @@ def sum_over_processes(sums: Tensor) -> Tensor:
     Parameters
     ----------
     sums
-        Of this process; any shape, float32.
+        Of this process; any shape, float32, or integers without gradient.
     """
     processes = _processes()
     if processes == 1:
         return sums
     total = sums.detach().clone()
     dist.all_reduce(total)
+    if not sums.is_floating_point():
+        return total
     own = sums * processes
     return total + (own - own.detach())  # the difference is exactly 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -82,6 +82,8 @@ class RouterTrainer(ResumableTrainer):
     objective_type: ClassVar[type[nn.Module]] = LagrangianObjective
     fidelity_name: ClassVar[str] = "lm_loss"
     objective: Any
+    step_samples: Tensor
+    """Of each task, in the step under way, over all processes."""
 
     def __init__(
         self,
@@ -182,6 +184,16 @@ class RouterTrainer(ResumableTrainer):
             )
         return self.optimizer
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The micro-batches of a step, whose samples are counted before the first one runs."""
+        batches, tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches:
+            task_ids = torch.cat([batch["task_ids"] for batch in batches]).to(device)
+            self.step_samples = self.objective.count(task_ids, all_processes=True)
+        return batches, tokens
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -192,8 +204,9 @@ class RouterTrainer(ResumableTrainer):
         """Language modelling loss plus the Lagrangian penalty (Eq. 8).
 
         With ``num_items_in_batch``, as in training, it is this micro-batch's part of the loss
-        of its step: the mean over the step's learnt tokens, or samples. The logits are never there
-        as a whole; ``outputs`` holds those of the last position.
+        of its step, which :meth:`get_batch_samples` has counted: the parts, and their gradients,
+        add up to those of the step in one batch. The logits are never there as a whole; ``outputs``
+        holds those of the last position.
         """
         inputs = dict(inputs)
         origins = inputs.pop("origins", [])
@@ -205,7 +218,7 @@ class RouterTrainer(ResumableTrainer):
         here = learnt.part(*inputs.pop("slice")) if "slice" in inputs else learnt
         backbone = self._elastic()
         self.note_samples(origins, model.training)
-        one = Pass()
+        one = Pass(inputs.pop("prompt"))
         try:
             lm_loss, outputs = self.fidelity(model, backbone, {**inputs, PASS: one}, here)
         except ValueError as error:  # on a CPU, a gate that is NaN is refused
@@ -222,12 +235,17 @@ class RouterTrainer(ResumableTrainer):
             count = len(predicting) if self.reduction == "tokens" else len(task_ids)
             self.validation.add(lm_loss, count, msr, task_ids)
         # Processes may have different numbers of batches in evaluation: none waits for another.
-        penalty, task_msr, count = self.objective(msr, task_ids, all_processes=model.training)
-        # In a step of several micro-batches, what this one adds to their mean.
         accumulating = model.training and num_items_in_batch is not None
+        penalty, task_msr, count = self.objective(
+            msr,
+            task_ids,
+            all_processes=model.training,
+            step=self.step_samples if accumulating else None,
+        )
+        # In a step of several micro-batches, what this one adds to their sum.
         steps = self.current_gradient_accumulation_steps if accumulating else 1
-        lm_loss = lm_loss * self._share(len(predicting), num_items_in_batch, steps)
-        penalty = penalty / steps
+        if accumulating:
+            lm_loss = lm_loss * self._share(len(predicting), len(task_ids), num_items_in_batch)
         loss = lm_loss + penalty
         if not bool(torch.isfinite(loss)):
             raise self.not_finite(
@@ -284,28 +302,25 @@ class RouterTrainer(ResumableTrainer):
         """Copy what a checkpoint holds into the model's routers, which the optimizer has."""
         load_layers(self._elastic(), folder / WEIGHTS)
 
-    def _share(
-        self, tokens: int, num_items_in_batch: Tensor | int | None, steps: int
-    ) -> Tensor | float:
+    def _share(self, tokens: int, samples: int, num_items_in_batch: Any) -> Tensor | float:
         """What a micro-batch's mean counts for in the mean over its optimizer step.
 
         Parameters
         ----------
-        tokens
-            Learnt tokens of the micro-batch.
+        tokens, samples
+            Learnt tokens, and samples, of the micro-batch.
         num_items_in_batch
-            Those of all its step's micro-batches, over all processes, as the Trainer counts them.
-        steps
-            How many micro-batches these are, in this process.
+            Learnt tokens of all its step's micro-batches, over all processes, as the Trainer counts
+            them.
         """
         if tokens == 0:
             return 0.0
-        if num_items_in_batch is None or self.reduction == "samples":
-            return 1 / steps
+        # Processes average their gradients, but what is counted is that of all.
+        processes = self.accelerator.num_processes
+        if self.reduction == "samples":
+            return samples * processes / self.step_samples.sum()
         averaged = self.args.average_tokens_across_devices
-        processes = self.accelerator.num_processes if averaged else 1
-        # Processes average their gradients, but the tokens counted are those of all.
-        return tokens * processes / num_items_in_batch
+        return tokens * (processes if averaged else 1) / num_items_in_batch
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add our own figures to what the Trainer logs during training."""

@@ -14,6 +14,7 @@ pytest.importorskip("lm_eval", reason="pip install 'elasticore[eval]'")
 
 from huggingface_hub import constants
 from lm_eval.api.instance import Instance
+from transformers import GenerationConfig
 from typer.testing import CliRunner
 
 import elasticore as ec
@@ -28,6 +29,7 @@ from elasticore.eval.suites import load_suites
 from elasticore.models.elastic import is_elastic, routers, way_of
 from elasticore.models.loading import load_backbone
 from elasticore.router import write_duo, write_prulong
+from tests.variants import QWEN, variant
 
 STREAMING = "streaming:sink=32,local=64,block_size=32"
 ROUTER = f"ours=router:path={tiny() / 'router'}"
@@ -108,6 +110,83 @@ def test_loglikelihoods_are_refused(loaded: tuple[Any, Any], tmp_path: Path) -> 
     lm = ElasticLM(*loaded, Journal(tmp_path / "answers.jsonl"))
     with pytest.raises(ValueError, match="task task scores loglikelihoods"):
         lm.loglikelihood(REQUESTS[:1])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 1.5},
+        {"no_repeat_ngram_size": 2},
+        {"do_sample": True, "temperature": 2.0, "num_beams": 3},
+        {"max_new_tokens": 2, "min_new_tokens": 25},
+    ],
+)
+def test_answers_are_greedy_whatever_the_model_brings(
+    settings: dict[str, Any], loaded: tuple[Any, Any], tmp_path: Path
+) -> None:
+    model, tokenizer = loaded
+    plain = ElasticLM(model, tokenizer, Journal(tmp_path / "plain")).generate_until(REQUESTS)
+    own = model.generation_config
+    model.generation_config = brought = GenerationConfig(**{**own.to_dict(), **settings})
+    try:
+        lm = ElasticLM(model, tokenizer, Journal(tmp_path / "brought"))
+        assert lm.generate_until(REQUESTS) == plain
+        assert model.generation_config is brought
+    finally:
+        model.generation_config = own
+
+
+def test_prompts_get_no_end_of_text_and_their_first_token_once(
+    loaded: tuple[Any, Any], tmp_path: Path
+) -> None:
+    """In one batch: a plain prompt, and one that begins with the first token."""
+    tokenizer = variant(first=True, last=True)
+    asked = [request(0, "import os"), request(1, f"{tokenizer.bos_token}import os, sys")]
+    lm = ElasticLM(loaded[0], tokenizer, Journal(tmp_path / "answers"), batch_size=2)
+    lm.generate_until(asked)
+    text = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in ("import os", ", sys")]
+    sizes = {one.document: one.measures.prompt_tokens for one in lm.journal.entries()}
+    assert sizes == {0: 1 + len(text[0]), 1: 1 + len(text[0]) + len(text[1])}
+
+
+def test_a_tokenizer_without_an_end_is_refused(loaded: tuple[Any, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no end-of-text token, which ends answers"):
+        ElasticLM(loaded[0], variant(end=False), Journal(tmp_path / "answers"))
+
+
+def test_thinking_is_off_unless_asked_for_and_written_down(
+    loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = variant(template=QWEN)
+    monkeypatch.setattr(
+        "elasticore.models.loading.load_backbone", lambda *_: (loaded[0], tokenizer)
+    )
+    asked: dict[bool, list[str]] = {}
+    generate = ElasticLM.generate_until
+
+    def noted(self: Any, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        asked[thinking] = [one.args[0] for one in requests]
+        return generate(self, requests, disable_tqdm)
+
+    monkeypatch.setattr(ElasticLM, "generate_until", noted)
+    for thinking in (False, True):
+        evaluation = Evaluation(
+            "tiny",
+            ("basic:needle", "ruler-like:vt"),
+            lengths=(1024,),
+            samples=1,
+            chat=True,
+            thinking=thinking,
+        )
+        evaluate(evaluation, tmp_path / str(thinking))
+        settings = json.loads((tmp_path / str(thinking) / "evaluation.json").read_text("utf-8"))
+        assert settings["thinking"] is thinking
+    marks = "<think>\n\n</think>\n\n"
+    assert [one.count(marks) for one in asked[False]] == [1, 1]
+    assert [one.count(marks) for one in asked[True]] == [0, 0]
+    assert asked[False][0].replace(marks, "") == asked[True][0]
+    with pytest.raises(ValueError, match="thinking is a setting of the chat template"):
+        Evaluation("tiny", ("basic",), thinking=True)
 
 
 def test_an_evaluation_and_its_report(tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import elasticore.eval.tasks as tasks
 from elasticore.eval.corpus import documents, is_heldout
+from elasticore.eval.ruler_like import make_ruler_sample
 from elasticore.eval.tasks import TASKS, dense_sequence, filler, make_sample
+from tests.variants import variant
 
 BACKBONE = Path(tasks.__file__).parents[1] / "assets" / "tiny" / "backbone"
 RETRIEVAL = [name for name, task in TASKS.items() if task.sensitive]
@@ -33,6 +35,21 @@ def test_exact_length_and_answer_where_stated(tokenizer, task, length):
     assert 0 < sample.start < sample.stop
     assert tokenizer.decode(sample.input_ids[sample.start : sample.stop]) == sample.answer
     assert sample.sensitive == (task in ("needle", "multikey", "tracking"))
+
+
+@pytest.mark.parametrize("task", [*TASKS, "vt"])
+def test_a_first_token_is_there_and_the_length_stays(task):
+    """Also of a tokenizer that ends every text: nothing ends before the answer."""
+    make = make_sample if task in TASKS else make_ruler_sample
+    tokenizer = variant(first=True, last=True)
+    plain, sample = make(task, variant(), 1000, seed=3), make(task, tokenizer, 1000, seed=3)
+    if task in TASKS:  # others are cut between words
+        assert len(sample.input_ids) == 1000
+    assert sample.input_ids[0] == tokenizer.eos_token_id != plain.input_ids[0]
+    assert sample.input_ids[sample.start - 1] != tokenizer.eos_token_id
+    assert sample.answer == plain.answer
+    for (a, b), (c, d) in zip(plain.evidence, sample.evidence, strict=True):
+        assert plain.input_ids[a:b].tolist() == sample.input_ids[c:d].tolist()
 
 
 @pytest.mark.parametrize("task", ["needle", "multikey"])

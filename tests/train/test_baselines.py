@@ -74,6 +74,25 @@ def hidden_of(model: Any, inputs: dict[str, Any]) -> Tensor:
         return hidden_states(model, model, arguments)[0]
 
 
+@pytest.mark.parametrize("objective", [GatePrice(0.5), RisingTarget(0.5)])
+def test_the_parts_of_a_step_add_up_to_the_step(objective: Any) -> None:
+    """However its samples are spread over micro-batches, and whatever their tasks are."""
+    ids = torch.tensor([0, 2, 1, 1])
+    if isinstance(objective, RisingTarget):
+        objective.lambda1.data.fill_(2.0)
+    step = objective.count(ids)
+    assert step.tolist() == [4]
+    gradients = []
+    for parts in ([slice(0, 4)], [slice(0, 1), slice(1, 4)]):
+        share = torch.tensor(0.25, requires_grad=True)
+        total = sum(objective(share.expand(4)[p], ids[p], step=step).penalty for p in parts)
+        total.backward()
+        gradients.append((total.item(), share.grad.item()))
+    whole = objective(torch.full((4,), 0.25), ids).penalty.item()
+    assert gradients[0] == gradients[1]
+    assert gradients[0][0] == whole != 0
+
+
 @pytest.mark.parametrize(("alpha", "policy"), [(1.0, ec.AllRetrieval), (0.0, ec.AllSparse)])
 def test_gates_at_their_ends_are_the_modes_themselves(alpha: float, policy: type) -> None:
     inputs = batch(Collator(TASKS))

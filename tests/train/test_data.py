@@ -11,11 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elasticore.data import Span, TokenSequence
+from elasticore.data import Encoder, Example, Span, TokenSequence
 from elasticore.data.encoding import fingerprint
 from elasticore.data.layouts import Header
 from elasticore.data.writer import PackedWriter
 from elasticore.train import Collator, JsonLines, OfflineTasks, PackedSamples, TrainingSample
+from tests.variants import LLAMA, QWEN, variant
 
 
 def sample(length: int, learnt: int, task: str = "a", start: int = 0) -> TrainingSample:
@@ -95,7 +96,7 @@ def test_a_task_without_a_target_is_named() -> None:
         Collator(("a",))([sample(3, 1, "b")])
 
 
-def test_json_lines_reads_both_forms(tmp_path: Path) -> None:
+def test_json_lines_reads_texts_and_tokens(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     rows = [
         {"task": "a", "prompt": "one three", "answer": "x"},
@@ -125,6 +126,111 @@ def test_json_lines_says_where_a_file_is_wrong(tmp_path: Path, line: str, messag
     path.write_text(line)
     with pytest.raises(ValueError, match=message):
         JsonLines(path, Words(), max_length=4)
+
+
+def rows_of(folder: Path, tokenizer: object, *rows: dict[str, object]) -> JsonLines:
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return JsonLines(path, tokenizer, max_length=200)
+
+
+def test_a_prompt_ends_where_learning_begins() -> None:
+    assert sample(6, 2).prompt == 4
+    # Plain text has no answer, whether or not its first token counts as learnt.
+    assert sample(6, 6).prompt == sample(6, 5).prompt == sample(6, 0).prompt == 6
+    ids = torch.arange(6)
+    assert TrainingSample(ids, ids, "a", prompt=3).prompt == 3
+    with pytest.raises(ValueError, match="prompt must be from 0 to the sample's 6 tokens: 7"):
+        TrainingSample(ids, ids, "a", prompt=7)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_batch_says_how_long_its_prompts_are(packed: bool) -> None:
+    batch = Collator(("a",), packed=packed)([sample(6, 2), sample(9, 1), sample(3, 3)])
+    assert batch["prompt"].dtype == torch.int64
+    assert batch["prompt"].tolist() == [4, 8, 3]
+
+
+def test_conversations_are_tokenized_as_data_build_does_it(tmp_path: Path) -> None:
+    tokenizer = variant(template=QWEN)
+    turns = [("user", "One?"), ("assistant", "1"), ("user", " Two? <|pad|>"), ("assistant", "2")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    data = rows_of(
+        tmp_path,
+        tokenizer,
+        {"task": "a", "messages": messages[2:]},
+        {"task": "a", "messages": messages},
+    )
+    built = Encoder(tokenizer)(Example(" Two? <|pad|>", "2", "a"), "mine")
+    assert built is not None
+    assert data[0].input_ids.tolist() == built.input_ids.tolist()
+    assert data[0].labels.tolist() == built.labels.tolist()
+    assert data[0].prompt == built.prompt
+    # Of several turns the last one is the answer.
+    assert tokenizer.decode(data[1].input_ids[: data[1].prompt]).startswith("[user]\nOne?<|endof")
+    assert tokenizer.decode(data[1].input_ids[data[1].prompt :]) == "2<|endoftext|>"
+
+
+def test_a_rendered_prompt_gets_no_second_first_token(tmp_path: Path) -> None:
+    tokenizer = variant(first=True, last=True, template=LLAMA)
+    messages = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "1"}]
+    text = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+    data = rows_of(
+        tmp_path,
+        tokenizer,
+        {"task": "a", "messages": messages},
+        {"task": "a", "prompt": text, "answer": "1"},
+    )
+    assert data[0].input_ids.tolist() == data[1].input_ids.tolist()
+    assert data[0].prompt == data[1].prompt
+    first, second = data[1].input_ids[:2].tolist()
+    assert first == tokenizer.eos_token_id != second
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "One?", "answer": "1"}, "no end-of-text token, which .*line 1 needs after"),
+        ({"messages": [{"role": "user", "content": "One?"}]}, "line 1: messages must end with"),
+        ({"messages": [{"role": "user"}] * 2}, "line 1: messages must end with"),
+        ({"messages": ["a", "b"]}, "line 1: expected a JSON object"),
+        (
+            {"messages": [{"role": r, "content": ""} for r in ("user", "assistant")]},
+            "line 1: the last message is empty",
+        ),
+    ],
+)
+def test_rows_that_cannot_be_asked_are_refused(tmp_path: Path, row: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        rows_of(tmp_path, variant(end=False, template=QWEN), {"task": "a", **row})  # type: ignore[dict-item]
+
+
+def test_a_packed_prompt_ends_at_the_first_answer(tmp_path: Path) -> None:
+    """Whatever is learnt; without an answer's span it ends where learning begins."""
+    ids = np.arange(12, dtype=np.int32)
+    late = np.where(ids < 9, np.int32(-100), ids)
+    spans = (Span("evidence", 1, 3), Span("answer", 8, 12), Span("answer", 4, 6))
+    writer = PackedWriter(tmp_path, Header(50, ("a",), ("mine",), fingerprint(Words())))
+    writer.add(
+        [
+            TokenSequence(ids, ids, "a", "mine", spans),
+            TokenSequence(ids, late, "a", "mine"),
+            TokenSequence(ids, ids, "a", "mine"),
+        ]
+    )
+    writer.close()
+    assert [one.prompt for one in PackedSamples(tmp_path, Words())[0]] == [4, 9, 12]
+
+
+def test_offline_samples_begin_as_every_text_of_the_model_does() -> None:
+    plain, first = (
+        OfflineTasks(made, {"needle": 1, "code": 1}, 512, 4)
+        for made in (variant(), variant(first=True, last=True))
+    )
+    for a, b in ((plain[i], first[i]) for i in range(4)):
+        assert len(a.input_ids) == len(b.input_ids) == 512
+        assert b.input_ids[0] == first.tokenizer.eos_token_id != a.input_ids[0]
+        assert torch.equal(a.input_ids[a.prompt :], b.input_ids[b.prompt :])
 
 
 def test_json_lines_without_a_file(tmp_path: Path) -> None:

@@ -115,6 +115,28 @@ def test_matches_the_definition_in_plain_python(samples, signed):
     assert result.penalty.item() == pytest.approx(sum(means) / len(means), abs=1e-6)
 
 
+def test_the_parts_of_a_step_add_up_to_the_step():
+    """However a step's samples are spread over micro-batches, the penalty and its gradients stay.
+
+    All numbers are sums of powers of two, so the equality is exact.
+    """
+    msr, ids = [0.5, 0.25, 1.0, 0.0, 0.75, 0.5], [0, 1, 1, 0, 1, 1]
+    found = []
+    for parts in ([slice(0, 6)], [slice(i, i + 1) for i in range(6)], [slice(0, 4), slice(4, 6)]):
+        lagrangian = objective({"a": 1.0, "b": 0.25, "c": 0.5}, [0.5] * 3, [0.25] * 3)
+        own = torch.tensor(msr, requires_grad=True)
+        step = lagrangian.count(torch.tensor(ids))
+        assert step.tolist() == [2, 4, 0]
+        results = [lagrangian(own[one], torch.tensor(ids[one]), step=step) for one in parts]
+        total = sum(one.penalty for one in results)
+        total.backward()
+        found.append([total, own.grad, lagrangian.lambda1.grad, lagrangian.lambda2.grad])
+    whole = objective({"a": 1.0, "b": 0.25, "c": 0.5}, [0.5] * 3, [0.25] * 3)
+    found.append([penalty(whole, msr, ids).penalty])
+    for values in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], values, strict=False))
+
+
 def test_multipliers_ascend_for_as_long_as_the_target_is_missed():
     lagrangian = objective({"qa": 0.7, "code": 1.0}, [0.2, 0.2], [0.2, 0.2])
     (group,) = lagrangian.parameter_groups(lr=0.01, weight_decay=0.0)

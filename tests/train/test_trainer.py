@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from transformers import Qwen3Config, Qwen3ForCausalLM, TrainingArguments
 
 import elasticore as ec
+from elasticore.router.sampling import _straight_through
 from elasticore.train import Collator, LagrangianObjective, RouterTrainer, TrainingSample
 
 SMALL = ec.Elastic(sparse=ec.Streaming(16, 32))
@@ -33,6 +34,14 @@ class Noise(Dataset[TrainingSample]):
         labels = torch.full_like(ids, -100)
         labels[-8:] = ids[-8:]
         return TrainingSample(ids, labels, ("robust", "sensitive")[index % 2])
+
+
+class NoNoise:
+    """Decides by the logits alone, so that a sample is routed alike whenever it comes."""
+
+    def __call__(self, logits: Tensor, temperature: float) -> Tensor:
+        """Sample nothing."""
+        return _straight_through(logits[..., 1] - logits[..., 0], temperature)
 
 
 def backbone() -> Qwen3ForCausalLM:
@@ -127,6 +136,69 @@ def test_multiplier_gradients_do_not_pile_up_over_steps(tmp_path: Path) -> None:
     # The gradient of λ1 is the mean |d| over the tasks present: never above 1 in sum.
     assert len(seen) == 3
     assert max(seen) <= 1
+
+
+@pytest.mark.parametrize("reduction", ["tokens", "samples"])
+def test_a_step_is_the_same_in_one_batch_and_in_several(
+    tmp_path: Path, reduction: Literal["tokens", "samples"]
+) -> None:
+    """A step of four samples, and the last of the epoch with two; packed rows of unequal counts."""
+    rows = [Noise()[i] for i in range(6)]
+    seen = []
+    for data, batch, accumulation in (
+        (rows, 4, 1),
+        (rows, 1, 4),
+        ([tuple(rows[:1]), tuple(rows[1:4]), tuple(rows[4:6])], 1, 2),  # one sample, then three
+    ):
+        model = ec.elasticize(backbone().double(), SMALL)
+        torch.manual_seed(1)
+        for router in ec.routers(model):
+            router.double().sampler = NoNoise()  # type: ignore[assignment]
+            for parameter in router.parameters():
+                parameter.data.normal_(0, 0.5)
+        objective = LagrangianObjective({"robust": 1.0, "sensitive": 0.3}, init=(1, 2), seed=0)
+        args = TrainingArguments(
+            output_dir=str(tmp_path),
+            num_train_epochs=1,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            learning_rate=0.0,
+            max_grad_norm=0,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            train_sampling_strategy="sequential",
+        )
+        trainer = RouterTrainer(
+            model,
+            args,
+            objective,
+            train_dataset=data,  # type: ignore[arg-type]
+            collator=Collator(objective.tasks, packed=True, reduction=reduction),
+            multiplier_lr=0.0,
+        )
+        steps: list[dict[str, Tensor]] = []
+
+        def note(*_: Any, model: Any = model, own: Any = objective, steps: Any = steps) -> None:
+            named = [*model.named_parameters(), *own.named_parameters()]
+            steps.append({n: p.grad.clone() for n, p in named if p.grad is not None})
+
+        trainer.create_optimizer().register_step_pre_hook(note)
+        trainer.train()
+        logs = [entry for entry in trainer.state.log_history if "penalty" in entry]
+        seen.append((steps, [(entry["lm_loss"], entry["penalty"]) for entry in logs]))
+    (whole, figures), *others = seen
+    assert len(whole) == 2
+    for steps, own in others:
+        for first, second in zip(whole, steps, strict=True):
+            for name, gradient in first.items():
+                # The same terms in another order, some of them in float32.
+                bound = 1e-6 * float(gradient.abs().max())
+                torch.testing.assert_close(second[name], gradient, rtol=0, atol=bound, msg=name)
+        for one, other in zip(figures, own, strict=True):
+            assert other == pytest.approx(one, rel=1e-5)
 
 
 def test_packed_batches_train_as_padded_ones_do(tmp_path: Path) -> None:

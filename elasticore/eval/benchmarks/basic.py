@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 
+from elasticore.data.prompting import first_tokens
 from elasticore.eval.benchmarks.data import Row
 from elasticore.eval.benchmarks.task import Average, BenchmarkTask, Tokenizer, check_names
 from elasticore.eval.metrics import contains_all
@@ -111,7 +112,8 @@ def _row(task: str, tokenizer: Tokenizer, length: int, seed: int) -> Row:
     retrieves = TASKS[task].sensitive
     # A continuation leaves room for more tokens than are generated; an answer is a short one.
     sample = make_sample(task, tokenizer, length - MAX_NEW_TOKENS * retrieves, seed)
-    text = tokenizer.decode(sample.input_ids[: sample.start].tolist())
+    begin = len(first_tokens(tokenizer))  # which are no text; who asks puts them there
+    text = tokenizer.decode(sample.input_ids[begin : sample.start].tolist())
     if retrieves:
         at = text.rindex(_PREFIX)
         return {"prompt": text[:at], "prefix": text[at:], "answer": sample.answer}

@@ -17,10 +17,12 @@ from lm_eval.filters import build_filter_ensemble
 
 from elasticore.eval.benchmarks.data import Row
 
-__all__ = ["Average", "BenchmarkTask", "Tokenizer", "check_names", "percent"]
+__all__ = ["CHAT", "Average", "BenchmarkTask", "Tokenizer", "check_names", "percent"]
 
 Tokenizer = Any  # any transformers tokenizer
 Chat = Callable[..., str]
+CHAT = "chat"
+"""The setting of a request whose prompt the chat template has written, special tokens and all."""
 _FILTER = "none"  # the harness names every number "<metric>,<filter>"
 
 
@@ -117,7 +119,10 @@ class BenchmarkTask(Task):
 
     def construct_requests(self, doc: Row, ctx: str, **about: Any) -> Instance:
         """One request per sample."""
-        arguments = (ctx, deepcopy(self.config.generation_kwargs))
+        settings = deepcopy(self.config.generation_kwargs)
+        if self.chat and about.get("apply_chat_template"):
+            settings[CHAT] = True
+        arguments = (ctx, settings)
         return Instance("generate_until", doc, arguments, 0, metadata=about["metadata"])
 
     def process_results(self, doc: Row, results: list[str]) -> dict[str, float | None]:

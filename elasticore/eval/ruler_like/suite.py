@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from elasticore.data.prompting import first_tokens
 from elasticore.eval.corpus import Split
 from elasticore.eval.metrics import contains_all, contains_any
 from elasticore.eval.ruler_like.counts import common_words, frequent_words
@@ -231,10 +232,7 @@ def _frame(
 ) -> tuple[list[Piece], list[Piece]]:
     """What comes before and after the user's text: a chat template's tokens, or a first token."""
     if template is None:
-        # Some models need the token that their tokenizer puts first; none gets one at the end.
-        special = tokenizer("", verbose=False)["input_ids"][:1]
-        first = np.asarray([i for i in special if i == tokenizer.bos_token_id], np.int64)
-        return [Piece("", first)], []
+        return [Piece("", np.asarray(first_tokens(tokenizer), np.int64))], []
     if not tokenizer.chat_template:
         raise ValueError(
             f"template={dict(template)} needs a chat template, which this tokenizer does not have; "
