@@ -103,9 +103,7 @@ def test_a_prompt_is_routed_alike_everywhere(place: Path) -> None:
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_an_evaluation_routes_as_training_does(place: Path, batch_size: int) -> None:
     pytest.importorskip("lm_eval", reason="pip install 'elasticore[eval]'")
-    from lm_eval.api.instance import Instance
-
-    from elasticore.eval.benchmarks.task import CHAT
+    from elasticore.eval.benchmarks.task import Rendered
     from elasticore.eval.journal import Journal
     from elasticore.eval.language_model import ElasticLM
 
@@ -116,10 +114,10 @@ def test_an_evaluation_routes_as_training_does(place: Path, batch_size: int) -> 
     trainer = trainer_of(model, samples, place)
     expected = decided(lambda: trainer.compute_loss(model.eval(), inputs))
     lm = ElasticLM(model, tokenizer, Journal(place / "answers.jsonl"), batch_size=batch_size)
-    settings = {"until": [], "do_sample": False, "max_gen_toks": 2, CHAT: True}
+    settings = {"until": [], "do_sample": False, "max_gen_toks": 2}
     turns = [[{"role": "user", "content": text.strip()}] for text in QUESTIONS]
     requests = [
-        Instance("generate_until", {}, (lm.apply_chat_template(turn), settings), 0, ("a", i, 1))
+        Rendered("generate_until", {}, (lm.apply_chat_template(turn), settings), 0, ("a", i, 1))
         for i, turn in enumerate(turns)
     ]
     lm.generate_until(requests)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from elasticore.data.prompting import end_token, prompt_tokens
 from elasticore.errors import UnsupportedRequest
-from elasticore.eval.benchmarks.task import CHAT
+from elasticore.eval.benchmarks.task import Rendered
 from elasticore.eval.journal import Journal, key
 from elasticore.eval.measuring import Measures, measured
 from elasticore.models.generating import greedy
@@ -148,8 +148,8 @@ class ElasticLM(HFLM):
 
     def _tokens(self, request: Instance) -> list[int]:
         """As the model is asked anywhere else; a chat template has written all special tokens."""
-        prompt, settings = request.args
-        if settings.get(CHAT):
+        prompt = request.args[0]
+        if isinstance(request, Rendered):
             ids: list[int] = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
             return ids
         return prompt_tokens(self.tokenizer, prompt)
@@ -166,7 +166,6 @@ class ElasticLM(HFLM):
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], **settings: Any
     ) -> Tensor:
-        settings.pop(CHAT, None)  # of the prompt
         with greedy(self.model), measured(self.model) as batch:
             out: Tensor = super()._model_generate(context, max_length, stop, **settings)
         lengths = settings["attention_mask"].sum(1)

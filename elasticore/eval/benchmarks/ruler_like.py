@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from elasticore.eval.benchmarks.data import Row
-from elasticore.eval.benchmarks.task import CHAT, Average, BenchmarkTask, Tokenizer
+from elasticore.eval.benchmarks.task import Average, BenchmarkTask, Tokenizer
 from elasticore.eval.ruler_like import RULER_LIKE, make_ruler_sample
 
 __all__ = ["RulerLike", "load_ruler_like"]
@@ -23,15 +23,15 @@ class RulerLike(BenchmarkTask):
         Tokens of prompt and answer.
     rows
         ``prompt`` and ``references``.
-    settings
-        Of the requests; ``chat=True`` where the chat template has written the prompts.
+    rendered
+        Whether the chat template has written the prompts.
     """
 
     chat = False  # the sample's own text has the template in it
 
-    def __init__(self, task: str, length: int, rows: list[Row], **settings: Any) -> None:
-        self.task = RULER_LIKE[task]
-        super().__init__(f"ruler-like-{length}-{task}", rows, self.task.tokens, **settings)
+    def __init__(self, task: str, length: int, rows: list[Row], rendered: bool) -> None:
+        self.task, self.rendered = RULER_LIKE[task], rendered
+        super().__init__(f"ruler-like-{length}-{task}", rows, self.task.tokens)
 
     def doc_to_text(self, doc: Row) -> str:
         """The sample's text."""
@@ -88,11 +88,11 @@ def load_ruler_like(
             {"prompt": _text(tokenizer, one), "references": list(one.references)} for one in made
         ]
 
-    settings = {} if template is None else {CHAT: True}
+    rendered = template is not None
     return [
         Average.of(
             f"ruler-like-{length}",
-            [RulerLike(task, length, rows(task, length), **settings) for task in tasks],
+            [RulerLike(task, length, rows(task, length), rendered) for task in tasks],
         )
         for length in lengths
     ]

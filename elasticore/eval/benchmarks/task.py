@@ -17,12 +17,10 @@ from lm_eval.filters import build_filter_ensemble
 
 from elasticore.eval.benchmarks.data import Row
 
-__all__ = ["CHAT", "Average", "BenchmarkTask", "Tokenizer", "check_names", "percent"]
+__all__ = ["Average", "BenchmarkTask", "Rendered", "Tokenizer", "check_names", "percent"]
 
 Tokenizer = Any  # any transformers tokenizer
 Chat = Callable[..., str]
-CHAT = "chat"
-"""The setting of a request whose prompt the chat template has written, special tokens and all."""
 _FILTER = "none"  # the harness names every number "<metric>,<filter>"
 
 
@@ -45,6 +43,10 @@ def percent(scores: Sequence[float | None]) -> float:
     return 100 * sum(there) / len(there) if there else nan
 
 
+class Rendered(Instance):
+    """A request whose prompt the chat template has written, special tokens and all."""
+
+
 class BenchmarkTask(Task):
     """A task whose answers are generated greedily and scored one by one.
 
@@ -63,6 +65,7 @@ class BenchmarkTask(Task):
     OUTPUT_TYPE = "generate_until"
     VERSION = 1
     metrics: tuple[str, ...] = ()  # beside "score"
+    rendered = False  # whether the chat template is in the rows' own prompts
     chat = True  # whether the prompt is a user's turn where the harness applies a chat template
 
     # The harness's constructor loads a data set from the hub and warns of settings that it lacks.
@@ -119,11 +122,10 @@ class BenchmarkTask(Task):
 
     def construct_requests(self, doc: Row, ctx: str, **about: Any) -> Instance:
         """One request per sample."""
-        settings = deepcopy(self.config.generation_kwargs)
-        if self.chat and about.get("apply_chat_template"):
-            settings[CHAT] = True
-        arguments = (ctx, settings)
-        return Instance("generate_until", doc, arguments, 0, metadata=about["metadata"])
+        arguments = (ctx, deepcopy(self.config.generation_kwargs))
+        rendered = self.rendered or (self.chat and about.get("apply_chat_template"))
+        kind = Rendered if rendered else Instance
+        return kind("generate_until", doc, arguments, 0, metadata=about["metadata"])
 
     def process_results(self, doc: Row, results: list[str]) -> dict[str, float | None]:
         """Every metric for one sample; None where the sample is not of that part."""
