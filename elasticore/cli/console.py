@@ -35,7 +35,10 @@ def plain_errors() -> Iterator[None]:
     """Bad input ends in one line and exit code 2, not in a traceback."""
     try:
         yield
-    except (ValueError, TypeError, ArithmeticError, OSError, RuntimeError, ImportError) as error:
+    except (
+        *(ElasticoreError, ValueError, TypeError, ArithmeticError),
+        *(OSError, RuntimeError, ImportError),
+    ) as error:
         if "--traceback" in sys.argv:
             raise
         err.print(f"[bold red]error:[/] {escape(str(error))}")

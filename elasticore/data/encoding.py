@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from elasticore.assets import backbone_path
 from elasticore.data.prompting import (
     blanked,
     chat_text,
@@ -176,14 +177,10 @@ def fingerprint(tokenizer: Any) -> dict[str, Any]:
 
 
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer at a directory, hub id or ``"tiny"``, the model in the package."""
+    """The tokenizer of a model at a directory or hub id, or called ``"tiny"`` or ``"smollm2"``."""
     from transformers import AutoTokenizer
 
-    path = name
-    if name == "tiny":
-        from elasticore.assets import tiny
-
-        path = str(tiny() / "backbone")
+    path = backbone_path(name)
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:

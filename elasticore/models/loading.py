@@ -1,11 +1,12 @@
-"""Loading a backbone by name, with the tiny one that ships with the package among the names."""
+"""Loading a backbone by name, with ours among the names."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from elasticore.assets import backbone_path
 
 __all__ = ["TINY", "load_backbone"]
 
@@ -14,7 +15,7 @@ TINY = "tiny"
 
 
 def load_backbone(name: str, dtype: str = "float32") -> tuple[Any, Any]:
-    """The model and the tokenizer at a directory, hub id or ``"tiny"``.
+    """The model and the tokenizer at a directory or hub id, or called ``"tiny"`` or ``"smollm2"``.
 
     The model is on the GPU if there is one, in evaluation mode.
     """
@@ -22,11 +23,7 @@ def load_backbone(name: str, dtype: str = "float32") -> tuple[Any, Any]:
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}.")
-    path: str | Path = name
-    if name == TINY:
-        from elasticore.assets import tiny
-
-        path = tiny() / "backbone"
+    path = backbone_path(name)
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
         tokenizer = AutoTokenizer.from_pretrained(path)

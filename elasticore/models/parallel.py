@@ -120,6 +120,7 @@ class SequenceParallel:
             )
         setattr(backbone_of(model).base_model, PARALLEL, self)
         for layer in state.layers:
+            getattr(layer, ROUTER).first_head = self.rank * (heads // self.size)
             one: LayerState = getattr(layer, STATE)
             one.parallel = self
 

@@ -132,6 +132,8 @@ class Router(Policy):
                 device=layer.device,
             )
             if weights is not None:
+                if "scale" in weights[index]:  # it was calibrated
+                    router.calibrate(torch.zeros(2, layer.kv_heads, layer.head_dim))
                 try:
                     router.load_state_dict(dict(weights[index]))
                 except RuntimeError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ class TrainingSample:
 
 
 class OfflineTasks(Dataset[TrainingSample]):
-    """Samples of :mod:`elasticore.eval.tasks`, made from the interpreter's own text.
+    """Samples of tasks that make themselves, such as those of :mod:`elasticore.eval.tasks`.
 
     Parameters
     ----------
@@ -84,6 +85,9 @@ class OfflineTasks(Dataset[TrainingSample]):
         Of the whole set. Training and held-out samples share no seed, key, value or document.
     split
         ``"train"`` or ``"heldout"``.
+    module
+        Name of the module whose ``TASKS`` there are: names with a
+        :class:`~elasticore.eval.tasks.Task` each.
     """
 
     def __init__(
@@ -94,15 +98,20 @@ class OfflineTasks(Dataset[TrainingSample]):
         samples: int,
         seed: int = 0,
         split: Literal["train", "heldout"] = "train",
+        module: str = "elasticore.eval.tasks",
     ) -> None:
-        from elasticore.eval.tasks import TASKS
-
+        try:
+            known = importlib.import_module(module).TASKS
+        except (ImportError, AttributeError) as error:
+            raise ValueError(
+                f"module {module!r} has no TASKS that could be read: {error}"
+            ) from error
         if not isinstance(tasks, Mapping):
             raise TypeError(f"tasks must map task names to weights, got {tasks!r}.")
-        unknown = sorted(set(tasks) - set(TASKS))
+        unknown = sorted(set(tasks) - set(known))
         if unknown or not tasks:
             raise ValueError(
-                f"tasks must name some of {', '.join(TASKS)}, got {unknown or 'none'}."
+                f"tasks must name some of {', '.join(known)}, got {unknown or 'none'}."
             )
         for task, weight in tasks.items():
             check_number(f"tasks[{task!r}]", weight, 0)
@@ -113,7 +122,7 @@ class OfflineTasks(Dataset[TrainingSample]):
         check_int("seed", seed, 0)
         if split not in ("train", "heldout"):
             raise ValueError(f"split must be 'train' or 'heldout', got {split!r}.")
-        self.tokenizer = tokenizer
+        self.tokenizer, self.module = tokenizer, module
         self.length, self.samples, self.seed, self.split = length, samples, seed, split
         self._tasks = list(tasks)
         total = sum(tasks.values())
@@ -132,9 +141,9 @@ class OfflineTasks(Dataset[TrainingSample]):
         task = self._tasks[
             min(int(np.searchsorted(self._edges, point, "right")), len(self._tasks) - 1)
         ]
-        sample = make_sample(
-            task, self.tokenizer, self.length, self.seed * 1_000_003 + index, self.split
-        )
+        seed = self.seed * 1_000_003 + index
+        known = importlib.import_module(self.module).TASKS  # tasks themselves cannot be pickled
+        sample = make_sample(task, self.tokenizer, self.length, seed, self.split, known)
         ids = torch.as_tensor(np.asarray(sample.input_ids), dtype=torch.int64)
         labels = torch.full_like(ids, IGNORED)
         labels[sample.start : sample.stop] = ids[sample.start : sample.stop]

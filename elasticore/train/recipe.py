@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from elasticore.checks import check_int, check_number
 from elasticore.choice import use_backend
-from elasticore.models.elastic import Elastic, elasticize, way_of
+from elasticore.models.elastic import Elastic, elasticize, routers, way_of
 from elasticore.models.loading import load_backbone
 from elasticore.patterns import Streaming
 from elasticore.router.policies import Router
@@ -46,7 +47,8 @@ class Recipe:
     targets
         Ω_MSR wanted per task: a number, or bounds ``[low, high]``.
     data
-        ``{kind: offline, tasks: {name: weight}, samples, length}``, ``{kind: jsonl, path,
+        ``{kind: offline, tasks: {name: weight}, samples, length, module}``, where a module of one's
+        own may say what tasks there are; ``{kind: jsonl, path,
         max_length}``, or ``{kind: packed, path, loss}`` for packed parquet, whose rows are the
         samples of ``batch_size`` and are always packed.
     elastic
@@ -63,6 +65,10 @@ class Recipe:
         The paper's signed penalty (True) or the official code's absolute one (False).
     multiplier_init
         Range that the multipliers start in.
+    calibration
+        Training samples whose pooled keys say how each head's are centred and scaled
+        (:meth:`AttentionRouter.calibrate`), before new routers train; 0: not at all, as in the
+        paper.
     temperature
         ``{name: cosine | exponential, ...}``, see :mod:`elasticore.router.schedule`.
     max_steps, batch_size, accumulation
@@ -105,6 +111,7 @@ class Recipe:
     policy: Literal["elastic", "duo", "prulong"] = "elastic"
     policy_settings: dict[str, Any] = field(default_factory=dict)
     signed: bool = False
+    calibration: int = 0
     temperature: dict[str, Any] = field(default_factory=lambda: {"name": "cosine"})
     max_steps: int = 300
     batch_size: int = 1
@@ -138,6 +145,9 @@ class Recipe:
         if self.keep_best and not (self.validation and self.save_steps):
             raise ValueError("keep_best needs validation, to say what is best, and save_steps.")
         check_int("sequence_parallel", self.sequence_parallel, 1)
+        check_int("calibration", self.calibration, 0)
+        if self.calibration == 1 or (self.calibration and self.policy != "elastic"):
+            raise ValueError("calibration takes at least 2 samples, and policy elastic.")
         for name in ("save_steps", "keep", "workers"):
             check_int(name, getattr(self, name), 0)
         for name in ("router_lr", "multiplier_lr", "weight_decay", "max_grad_norm"):
@@ -240,6 +250,7 @@ def train(recipe: Recipe, output: str | Path, *, resume: str | Path | None = Non
     from transformers import PrinterCallback, TrainingArguments
 
     from elasticore.train.baselines import settle_gates
+    from elasticore.train.calibration import pooled_keys
     from elasticore.train.checkpointing import checkpoint_layers
     from elasticore.train.monitor import HistoryFile, reporters
     from elasticore.train.processes import check_processes, from_first
@@ -291,8 +302,14 @@ def train(recipe: Recipe, output: str | Path, *, resume: str | Path | None = Non
     held_out = dataset_of(recipe, tokenizer, held_out=True) if recipe.validation else None
     for samples in (dataset, held_out):
         check_tasks(samples, objective)
+    pooled: list[Tensor] = []
+    if recipe.calibration and isinstance(way.policy, Router) and way.policy.weights is None:
+        with use_backend(recipe.backend):
+            pooled = pooled_keys(model, dataset, recipe.calibration, way.policy.boundary)
     torch.manual_seed(recipe.seed)  # of the routers' start
     elasticize(model, way)
+    for router, keys in zip(routers(model), pooled, strict=False):  # none where none are wanted
+        router.calibrate(keys)  # type: ignore[operator]
     if recipe.checkpointing:
         checkpoint_layers(model)
     shard_backbone(model, recipe.sharding)

@@ -17,7 +17,7 @@ from rich.progress import track
 from rich.table import Table
 
 from elasticore import AllSparse, Elastic, Streaming
-from elasticore.assets.smollm2 import smollm2
+from elasticore.assets.fetched import smollm2
 from elasticore.models.loading import load_backbone
 from recipes.smollm2.samples import figures, make_samples, scored
 from recipes.smollm2.tasks import TASKS

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from elasticore.assets.smollm2 import smollm2
+from elasticore.assets.fetched import smollm2
 from elasticore.data.encoding import load_tokenizer
 from elasticore.eval.corpus import Split
 from elasticore.eval.tasks import Sample, make_sample

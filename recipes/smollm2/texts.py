@@ -22,7 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from elasticore.assets.smollm2 import cache
+from elasticore.assets.fetched import cache
 from elasticore.eval.corpus import Split, is_heldout
 
 __all__ = ["Country", "countries", "fetch", "speeches"]

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import pickle
+import sys
+import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +19,7 @@ from elasticore.data import Encoder, Example, Span, TokenSequence
 from elasticore.data.encoding import fingerprint
 from elasticore.data.layouts import Header
 from elasticore.data.writer import PackedWriter
+from elasticore.eval.tasks import Task
 from elasticore.train import Collator, JsonLines, OfflineTasks, PackedSamples, TrainingSample
 from tests.variants import LLAMA, QWEN, variant
 
@@ -312,3 +317,21 @@ def test_packed_data_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
     path = packed(tmp_path / "data", Other())
     with pytest.raises(ValueError, match="whose tokens are not those of the backbone"):
         PackedSamples(path, Words())
+
+
+def test_tasks_of_a_module_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = types.ModuleType("own_tasks")
+
+    def build(tokenizer: Any, rng: Any, length: int, split: str) -> Any:
+        return np.arange(length), length - 2, ()
+
+    own.TASKS = {"count": Task(True, build)}  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "own_tasks", own)
+    tokenizer = types.SimpleNamespace(decode=lambda ids: "text")
+    data = OfflineTasks(tokenizer, {"count": 1}, 8, 2, module="own_tasks")
+    pickle.dumps(OfflineTasks(None, {"count": 1}, 8, 2, module="own_tasks"))  # for workers
+    assert data[1].input_ids.tolist() == list(range(8)) and data[1].prompt == 6
+    with pytest.raises(ValueError, match="tasks must name some of count, got"):
+        OfflineTasks(None, {"needle": 1}, 8, 2, module="own_tasks")
+    with pytest.raises(ValueError, match="module 'nowhere' has no TASKS"):
+        OfflineTasks(None, {"needle": 1}, 8, 2, module="nowhere")

@@ -108,10 +108,12 @@ def test_it_is_the_loss_of_every_family(family: str, packed: bool, tmp_path: Pat
     collator = Collator(("qa",), packed=packed)
     trainer = trainer_of(model, tmp_path, collator)
     batch = collator(samples())
-    inputs = {k: v for k, v in batch.items() if k not in ("task_ids", "loss_weights", "predicting")}
+    ours = ("task_ids", "loss_weights", "predicting", "prompt", "origins")
+    inputs = {name: value for name, value in batch.items() if name not in ours}
+    prompt = batch["prompt"]
 
     torch.manual_seed(2)  # the noise of the sampled decisions
-    own = model(**inputs, use_cache=False).loss
+    own = model(**inputs, use_cache=False, elastic=ec.Pass(prompt)).loss
     own.backward()
     own_gradients = gradients(model)
     torch.manual_seed(2)
@@ -119,7 +121,8 @@ def test_it_is_the_loss_of_every_family(family: str, packed: bool, tmp_path: Pat
     loss.backward()
 
     names = [name for name in inputs if name != "labels"]
-    hidden, _ = hidden_states(model, model, {name: inputs[name] for name in names})
+    again = {name: inputs[name] for name in names} | {"elastic": ec.Pass(prompt)}
+    hidden, _ = hidden_states(model, model, again)
     assert abs(loss.item() - own.item()) <= tolerance(model, hidden)
     # The backward passes are the same from the hidden states on. Rounding moved these gradients by
     # up to 3e-6 of their norm; without Gemma's cap they move by 3.5 times their norm.
@@ -135,8 +138,9 @@ def test_num_items_in_batch_divides_as_in_the_model(tmp_path: Path) -> None:
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
     items = torch.tensor(100)
     torch.manual_seed(2)
-    own = model(**inputs, num_items_in_batch=items).loss
+    own = model(**inputs, num_items_in_batch=items, elastic=ec.Pass(batch["prompt"])).loss
     torch.manual_seed(2)
+    trainer.step_samples = trainer.objective.count(batch["task_ids"])
     loss = trainer.compute_loss(model, batch, num_items_in_batch=items).detach()
     assert float(loss) == pytest.approx(own.item(), rel=1e-5)
 
@@ -277,7 +281,9 @@ def test_nothing_to_learn_is_no_loss_and_no_gradient(tmp_path: Path) -> None:
     prompt.labels.fill_(-100)
     trainer = trainer_of(model, tmp_path, collator)
     trainer.current_gradient_accumulation_steps = 1
-    loss = trainer.compute_loss(model, collator([prompt]), num_items_in_batch=torch.tensor(0))
+    batch = collator([prompt])
+    trainer.step_samples = trainer.objective.count(batch["task_ids"])
+    loss = trainer.compute_loss(model, batch, num_items_in_batch=torch.tensor(0))
     assert loss.item() == 0
 
 

@@ -32,7 +32,9 @@ POOLED = 65536
 KEY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def supports(keys: Tensor, boundary: int, parameters: Sequence[Tensor]) -> bool:
+def supports(
+    keys: Tensor, boundary: int, parameters: Sequence[Tensor], calibration: Sequence[Tensor] = ()
+) -> bool:
     """Whether :func:`route` can decide this call; reads no values.
 
     Parameters
@@ -41,6 +43,8 @@ def supports(keys: Tensor, boundary: int, parameters: Sequence[Tensor]) -> bool:
         As :func:`route` takes them.
     parameters
         Weight and bias of five linear layers, in their order.
+    calibration
+        Scale and shift of pooled keys, or nothing.
     """
     # Subclasses (fake, sharded or quantised tensors) have no memory that a kernel could read.
     if type(keys) is not Tensor or keys.ndim != 4 or keys.dtype not in KEY_DTYPES:
@@ -50,19 +54,24 @@ def supports(keys: Tensor, boundary: int, parameters: Sequence[Tensor]) -> bool:
         return False
     hidden = parameters[0].shape[0]
     up, down = ((hidden, dim), (hidden,)), ((dim, hidden), (dim,))
-    shapes = (*up, *down, *up, *down, (2, dim), (2,))
+    shapes = [*up, *down, *up, *down, (2, dim), (2,)]
+    shapes += [tuple(keys.shape[2:])] * len(calibration)
     return hidden % SLICE == 0 and all(
         type(p) in (nn.Parameter, Tensor)
         and p.dtype is torch.float32
         and p.shape == shape
         and p.device == device
         and p.is_contiguous()
-        for p, shape in zip(parameters, shapes, strict=True)
+        for p, shape in zip([*parameters, *calibration], shapes, strict=True)
     )
 
 
 def route(
-    keys: Tensor, segments: Segments, boundary: int, parameters: list[Tensor]
+    keys: Tensor,
+    segments: Segments,
+    boundary: int,
+    parameters: list[Tensor],
+    calibration: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Decide for every sequence and KV head; call it only where :func:`supports` says yes.
 
@@ -83,6 +92,8 @@ def route(
     parameters
         Weight and bias of the linear layers D → H → D (task MLP) and D → H → D → 2 (router MLP),
         float32.
+    calibration
+        Scale and shift of pooled keys, float32 ``[Hkv, D]``; None or empty for neither.
 
     Returns
     -------
@@ -91,7 +102,8 @@ def route(
     """
     # A compiler sees one operation; in between, PyTorch's dispatch would cost as much as a launch.
     run = _operation if torch.compiler.is_compiling() else _launch
-    return run(keys, segments.row, segments.key_start, segments.key_length, boundary, parameters)
+    places = segments.row, segments.key_start, segments.key_length
+    return run(keys, *places, boundary, parameters, calibration or [])
 
 
 def _launch(
@@ -101,10 +113,11 @@ def _launch(
     length: Tensor,
     boundary: int,
     parameters: list[Tensor],
+    calibration: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
     if keys.is_cuda and keys.device.index != torch.cuda.current_device():
         with torch.cuda.device(keys.device):  # Triton launches on the current one
-            return _launch(keys, row, start, length, boundary, parameters)
+            return _launch(keys, row, start, length, boundary, parameters, calibration)
     decisions, logits = _outputs(keys, row)
     dim, pairs, slices = keys.shape[3], decisions.numel(), parameters[0].shape[0] // SLICE
     if pairs == 0:
@@ -112,19 +125,20 @@ def _launch(
     task, final = (keys.new_empty(pairs, slices, dim, dtype=torch.float32) for _ in range(2))
     finished = keys.new_empty(pairs, dtype=torch.int32)
     up, up_bias, down, down_bias, *router = parameters
+    scale, shift = calibration or (None, None)
     places = row.contiguous(), start.contiguous(), length.contiguous()
     slots = _slots(boundary)
     sizes = dim, slices, SLICE
     key = (
         *(keys.device, keys.dtype, row.dtype, start.dtype, length.dtype, boundary, sizes),
-        *(aligned(keys, *places, *parameters), integers(*keys.stride())),
+        *(aligned(keys, *places, *parameters, *calibration), integers(*keys.stride())),
     )
     launch(
         _task_slice,
         (pairs, slices),
         (
-            *(keys, *places, *keys.stride(), keys.shape[2], up, up_bias, down, task, finished),
-            *(boundary, slots, *sizes),
+            *(keys, *places, *keys.stride(), keys.shape[2], scale, shift, up, up_bias, down),
+            *(task, finished, boundary, slots, *sizes),
         ),
         key,
         num_warps=min(max(slots * dim // 4096, 4), 16),
@@ -150,6 +164,7 @@ def _fake(
     length: Tensor,
     boundary: int,
     parameters: list[Tensor],
+    calibration: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
     return _outputs(keys, row)
 
@@ -166,8 +181,9 @@ def _slots(boundary: int) -> int:
 
 @triton.jit(do_not_specialize=["kv_heads"])
 def _task_slice(keys, row, start, length, stride_b, stride_t, stride_h, stride_d, kv_heads,
-                up, up_bias, down, parts, finished, BOUNDARY: tl.constexpr, SLOTS: tl.constexpr,
-                DIM: tl.constexpr, SLICES: tl.constexpr, SLICE: tl.constexpr):  # fmt: skip
+                scale, shift, up, up_bias, down, parts, finished, BOUNDARY: tl.constexpr,
+                SLOTS: tl.constexpr, DIM: tl.constexpr, SLICES: tl.constexpr,
+                SLICE: tl.constexpr):  # fmt: skip
     """Pool a pair's keys, then one slice of the task MLP's hidden units.
 
     Every slice pools for itself: only the first reads the keys from memory, the others find them in
@@ -187,6 +203,9 @@ def _task_slice(keys, row, start, length, stride_b, stride_t, stride_h, stride_d
     ends = _both_ends(keys, tokens, stride_t, stride_d, BOUNDARY, SLOTS, DIM)
     weights = _weights(up, up_bias, down, index, DIM, SLICES, SLICE)
     pooled = _mean(ends, tokens, BOUNDARY, SLOTS, DIM)
+    if scale is not None:
+        place = (pair % kv_heads) * DIM + tl.arange(0, DIM)
+        pooled = pooled * tl.load(scale + place) + tl.load(shift + place)
     _add_slice(pooled, weights, parts, pair, index, DIM, SLICES)
 
 

@@ -192,6 +192,21 @@ def test_logits_are_the_modules_up_to_rounding(
     assert launches == [1]
 
 
+@torch.no_grad()
+def test_calibrated_logits_are_the_modules_up_to_rounding(device: str) -> None:
+    router = make(device, 32, 2)
+    router.calibrate(draw(5, 3, 32, device=device, seed=3))
+    keys = draw(len(LENGTHS), 40, 3, 32, device=device)
+    segments = padded(LENGTHS, 40, "left", device)
+    found, expected = router(keys, segments), by_modules(router, keys, segments)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
+    plain = make(device, 32, 2)(keys, segments)
+    assert not torch.allclose(found.logits, plain.logits, atol=1e-2), "calibration has no effect"
+    router.first_head = 1  # as a process of sequence parallelism that has the last two heads
+    part = router(keys[:, :, 1:], segments)
+    assert torch.equal(part.logits, found.logits[:, 1:])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_many_decisions_are_the_modules(device: str, dtype: torch.dtype) -> None:
     router = make(device)
@@ -398,12 +413,15 @@ def test_bad_calls_are_named_as_ever(device: str) -> None:
 def arguments(router: AttentionRouter, keys: Tensor) -> tuple[object, ...]:
     segments = dense(keys)
     fields = segments.row, segments.key_start, segments.key_length
-    return keys, *fields, BOUNDARY, [p.detach() for p in router.parameters()]
+    calibration = [] if router.scale is None else [router.scale, router.shift]
+    return keys, *fields, BOUNDARY, [p.detach() for p in router.parameters()], calibration
 
 
 def test_the_operation_keeps_pytorchs_promises(device: str) -> None:
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     router, keys = make(device), draw(2, 20, 2, 32, device=device)
+    torch.library.opcheck(kernels._operation, arguments(router, keys), test_utils=tests)
+    router.calibrate(draw(3, 2, 32, device=device))
     torch.library.opcheck(kernels._operation, arguments(router, keys), test_utils=tests)
 
 

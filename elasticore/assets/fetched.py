@@ -14,6 +14,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from elasticore.errors import ElasticoreError
 
@@ -132,13 +133,13 @@ def _convert(file: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except ImportError as error:
         raise ElasticoreError(
-            f"reading GGUF needs a package: {error}; pip install gguf accelerate."
+            f"reading GGUF needs a package: {error}; pip install 'elasticore[gguf]'."
         ) from error
-    config = read.config
+    config: Any = read.config
     if hasattr(config, "quantization_config"):  # it is not quantized any more
         del config.quantization_config
     # A model of its own, as transformers does not save one that it read from GGUF.
-    model = LlamaForCausalLM(config)
+    model: Any = LlamaForCausalLM(config)
     model.load_state_dict(read.state_dict())
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
