@@ -719,6 +719,7 @@ OFFLINE = Entry(
         "samples": positive_ints(),
         "seed": anything(int) | st.integers(max_value=-1),
         "split": other_text("train", "heldout"),
+        "module": anything(str) | one_of("", ".near", "nowhere", "json"),
     },
     skip=frozenset({"tokenizer"}),  # any callable that transformers' tokenizers are like
 )

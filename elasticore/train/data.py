@@ -100,9 +100,11 @@ class OfflineTasks(Dataset[TrainingSample]):
         split: Literal["train", "heldout"] = "train",
         module: str = "elasticore.eval.tasks",
     ) -> None:
+        if not isinstance(module, str):
+            raise TypeError(f"module must be a str, got {module!r}.")
         try:
             known = importlib.import_module(module).TASKS
-        except (ImportError, AttributeError) as error:
+        except (ImportError, AttributeError, ValueError, TypeError) as error:
             raise ValueError(
                 f"module {module!r} has no TASKS that could be read: {error}"
             ) from error

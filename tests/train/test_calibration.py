@@ -77,7 +77,7 @@ def test_pooled_keys_are_those_of_prompts_with_full_attention() -> None:
         seen.append(pool_boundary(keys, segments, 20))
 
     handle = model.model.layers[0].self_attn.k_norm.register_forward_hook(keep)
-    model(ids[None, :300])
+    model(ids[None, :300].to(model.device))
     handle.remove()
     torch.testing.assert_close(found[0][:1], seen[0], rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="wants 3 samples, but there are 2"):
@@ -107,7 +107,7 @@ def test_a_recipe_calibrates_and_its_file_holds_that(tmp_path: Path) -> None:
     pooled = pooled_keys(model, data, 4, 20)
     ec.elasticize(model, folder)
     for made, keys in zip(routers(model), pooled, strict=True):
-        expected = AttentionRouter(made.head_dim)  # type: ignore[arg-type]
+        expected = AttentionRouter(made.head_dim, device=keys.device)  # type: ignore[arg-type]
         expected.calibrate(keys)
         torch.testing.assert_close(made.scale, expected.scale)
         torch.testing.assert_close(made.shift, expected.shift)
