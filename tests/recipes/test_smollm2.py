@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 from elasticore.eval.tasks import make_sample
+from elasticore.train import Recipe
+from elasticore.train.recipe import parts_of
 from recipes.smollm2 import tasks, texts
+from recipes.smollm2.levers import CONFIG, LEVERS, summary
 from recipes.smollm2.retention import kind_of
 from recipes.smollm2.tasks import FAR, FAR_SHARE, NEAR, NEAR_TOKENS, ROOM, TASKS
 from tests.variants import LLAMA, variant
@@ -108,3 +111,27 @@ def test_texts_that_are_missing_are_named(tmp_path: Path, monkeypatch: pytest.Mo
     texts.speeches.cache_clear()
     with pytest.raises(FileNotFoundError, match=r"run `python -m recipes\.smollm2\.texts` once"):
         texts.speeches("train")
+
+
+def test_every_task_counts_once_in_the_means_of_a_lever() -> None:
+    found = {
+        "needle": {"score": 80.0, "msr": 0.5},
+        "table": {"score": 40.0, "msr": 0.7},
+        "kind": {"score": 30.0, "msr": 1.0},
+    }
+    assert summary(found, {"needle", "table"}) == {
+        "sensitive": 60.0,
+        "robust": 30.0,
+        "msr_sensitive": 0.6,
+        "msr_robust": 1.0,
+        "msr": 0.733,
+    }
+
+
+def test_levers_change_settings_that_there_are() -> None:
+    recipe = Recipe.load(CONFIG)
+    assert set(recipe.targets) == set(recipe.data["tasks"]) <= set(TASKS)
+    for changes in LEVERS.values():
+        changed = Recipe.load(CONFIG, changes)
+        assert changes == () or changed != recipe
+        parts_of(changed)
