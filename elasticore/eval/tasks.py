@@ -201,8 +201,8 @@ TASKS: dict[str, Task] = {
     "needle": Task(True, _retrieval(needles, 1)),
     "multikey": Task(True, _retrieval(needles, NEEDLES)),
     "tracking": Task(True, _retrieval(chains, CHAINS)),
-    "code": Task(False, _continuation("code")),
-    "prose": Task(False, _continuation("prose")),
+    "code": Task(False, _continuation("code"), tokens=True),
+    "prose": Task(False, _continuation("prose"), tokens=True),
 }
 
 

@@ -7,27 +7,25 @@ python -m recipes.smollm2.retention --samples 4       # to try it on a CPU
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
-import torch
+import numpy as np
 import typer
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
-from elasticore import AllSparse, Elastic, Streaming
-from elasticore.assets.fetched import smollm2
-from elasticore.models.loading import load_backbone
-from recipes.smollm2.samples import figures, make_samples, scored
-from recipes.smollm2.tasks import TASKS
-from recipes.tiny.about import about
+from elasticore.eval.methods import Method
+from recipes.study.about import about
+from recipes.study.runs import console
+from recipes.study.scores import Scorer
 
 SINK, LOCAL = 128, 512
 SENSITIVE, ROBUST = 0.60, 0.97
 LEAST = {"sensitive": 50.0, "robust": 25.0}
-
-console = Console()
+UNSEEN = 900_000_000
+"""Seeds of the training split that no training reaches."""
 
 
 def kind_of(full: float, streaming: float) -> str:
@@ -44,46 +42,53 @@ def run(
     samples: Annotated[int, typer.Option(min=1, help="Of each task.")] = 200,
     lengths: Annotated[list[int] | None, typer.Option("--length", help="Repeatable.")] = None,
     tasks: Annotated[list[str] | None, typer.Option("--task", help="Repeatable.")] = None,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch.")] = 65536,
-    output: Annotated[Path, typer.Option(help="Where the figures go.")] = Path(
-        "runs/smollm2/retention.json"
-    ),
+    batch_tokens: Annotated[int | None, typer.Option(help="Tokens of a batch.")] = None,
+    runs: Annotated[Path, typer.Option(help="Where scores are kept.")] = Path("runs/smollm2"),
 ) -> None:
     """Score every candidate with full attention and with all heads streaming."""
-    names = list(tasks or TASKS)
-    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-    model, _ = load_backbone(str(smollm2()), dtype)
+    scorer = Scorer(
+        runs / "retention",
+        backbone="smollm2",
+        batch_tokens=batch_tokens,
+        module="recipes.smollm2.tasks",
+        split="train",
+        first=UNSEEN,
+        workers=len(os.sched_getaffinity(0)),
+    )
+    unknown = sorted(set(tasks or ()) - set(scorer.tasks))
+    if unknown:
+        raise typer.BadParameter(f"no task {unknown[0]!r}; there are: {', '.join(scorer.tasks)}.")
     report: dict[str, Any] = {
         **about("retention of the candidate tasks", "python -m recipes.smollm2.retention"),
-        "settings": {"samples": samples, "sink": SINK, "local": LOCAL, "dtype": dtype},
+        "settings": {"samples": samples, "sink": SINK, "local": LOCAL, "dtype": scorer.dtype},
         "lengths": {},
     }
     for length in lengths or [4096]:
-        held = make_samples(names, length, samples, "train")
-
-        def measure(name: str, held: list[Any] = held, length: int = length) -> dict[str, Any]:
-            progress = lambda batches: track(  # noqa: E731
-                batches, f"{name} at {length:,}", console=console, transient=True
-            )
-            found = scored(model, held, batch_tokens=batch_tokens, progress=progress)
-            return figures(found)
-
-        full = measure("full")
-        with Elastic(AllSparse(), sparse=Streaming(SINK, LOCAL)).on(model):
-            streaming = measure("streaming")
         found = {
-            name: {
-                "full": full[name],
-                "streaming": streaming[name],
-                "retention": round(streaming[name]["score"] / max(full[name]["score"], 1e-9), 4),
-                "kind": kind_of(full[name]["score"], streaming[name]["score"]),
-            }
-            for name in names
+            way.name: scorer.score(way, length, samples, tasks)
+            for way in (
+                Method("full", "full"),
+                Method("streaming", "streaming", {"sink": SINK, "local": LOCAL}),
+            )
         }
-        report["lengths"][str(length)] = found
-        console.print(_table(found, length))
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        rows = {}
+        for task in found["full"]:
+            full, streaming = (_percent(figures[task]["each"]) for figures in found.values())
+            retention = round(streaming["score"] / max(full["score"], 1e-9), 4)
+            kind = kind_of(full["score"], streaming["score"])
+            rows[task] = {"full": full, "streaming": streaming, "retention": retention}
+            rows[task]["kind"] = kind
+        report["lengths"][str(length)] = rows
+        console.print(_table(rows, length))
+    output = runs / "retention.json"
+    output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    console.print(f"Figures: [bold]{output}[/]")
+
+
+def _percent(each: list[float]) -> dict[str, float]:
+    """A score with its standard error."""
+    error = np.std(each) / max(1, len(each) - 1) ** 0.5
+    return {"score": round(100 * fmean(each), 2), "error": round(100 * float(error), 2)}
 
 
 def _table(found: dict[str, Any], length: int) -> Table:

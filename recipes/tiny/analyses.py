@@ -21,9 +21,9 @@ from elasticore.eval.tasks import TASKS, Sample
 from elasticore.train import Recipe
 from elasticore.train.curves import read_curves, to_json
 from elasticore.train.recipe import parts_of
+from recipes.study.runs import Run, Trainings, console
+from recipes.study.scores import Scorer, identity, streaming
 from recipes.tiny.plan import Size, main_target, router
-from recipes.tiny.runs import Run, Trainings, console
-from recipes.tiny.scores import Scorer, identity, streaming
 
 __all__ = ["analyse"]
 

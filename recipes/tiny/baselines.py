@@ -21,10 +21,10 @@ from rich.table import Table
 
 from elasticore.eval.tasks import TASKS
 from elasticore.train import BASELINES, Recipe
-from recipes.tiny.about import about
+from recipes.study.about import about
+from recipes.study.runs import Trainings
+from recipes.study.scores import Scorer
 from recipes.tiny.plan import FULL, QUICK, QUICK_RECIPE, elastic, main_target, router, static
-from recipes.tiny.runs import Trainings
-from recipes.tiny.scores import Scorer
 from recipes.tiny.summary import summarise
 
 

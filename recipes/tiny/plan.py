@@ -12,8 +12,8 @@ from elasticore.eval.methods import Method
 from elasticore.eval.tasks import TASKS
 from elasticore.train import BASELINES, Recipe
 from elasticore.train.recipe import parts_of
-from recipes.tiny.runs import Run, Trainings, gate_scores
-from recipes.tiny.scores import Scorer, Static, Stretched, Way, mean_msr, streaming, window
+from recipes.study.runs import Run, Trainings, gate_scores
+from recipes.study.scores import Scorer, Static, Stretched, Way, mean_msr, streaming, window
 
 __all__ = [
     "FULL",

@@ -23,7 +23,9 @@ from typing import Annotated, Any
 import typer
 
 from elasticore.train import Recipe
-from recipes.tiny.about import about
+from recipes.study.about import about
+from recipes.study.runs import Run, Trainings, console
+from recipes.study.scores import Scorer
 from recipes.tiny.analyses import analyse
 from recipes.tiny.plan import (
     FULL,
@@ -37,8 +39,6 @@ from recipes.tiny.plan import (
     ways,
 )
 from recipes.tiny.report import write_report
-from recipes.tiny.runs import Run, Trainings, console
-from recipes.tiny.scores import Scorer
 from recipes.tiny.speed import measured_speed
 from recipes.tiny.summary import routing, summarise
 

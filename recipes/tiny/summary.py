@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from elasticore.eval.tasks import TASKS
+from recipes.study.scores import value
 from recipes.tiny.plan import SENSITIVE
-from recipes.tiny.scores import value
 
 __all__ = [
     "ROBUST",

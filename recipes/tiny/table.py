@@ -19,9 +19,8 @@ from elasticore import Elastic, HeadTable
 from elasticore.assets import tiny
 from elasticore.eval.methods import Method
 from elasticore.eval.tasks import TASKS
-from recipes.tiny.about import about
-from recipes.tiny.plan import SENSITIVE
-from recipes.tiny.scores import (
+from recipes.study.about import about
+from recipes.study.scores import (
     Figures,
     Scorer,
     Static,
@@ -30,6 +29,7 @@ from recipes.tiny.scores import (
     streaming,
     window,
 )
+from recipes.tiny.plan import SENSITIVE
 
 
 def main(

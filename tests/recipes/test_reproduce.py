@@ -15,9 +15,10 @@ from typer.testing import CliRunner, Result
 pytest.importorskip("recipes.tiny", reason="the recipes are not here")
 pytest.importorskip("matplotlib")
 
-from recipes.tiny import analyses, baselines, reproduce, runs, scores
+from recipes.study import runs, scores
+from recipes.study.runs import Run, Trainings, gate_scores
+from recipes.tiny import analyses, baselines, reproduce
 from recipes.tiny.plan import QUICK, QUICK_RECIPE, elastic
-from recipes.tiny.runs import Run, Trainings, gate_scores
 from recipes.tiny.sections import SECTIONS
 
 pytestmark = pytest.mark.slow

@@ -115,16 +115,16 @@ def test_texts_that_are_missing_are_named(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_every_task_counts_once_in_the_means_of_a_lever() -> None:
     found = {
-        "needle": {"score": 80.0, "msr": 0.5},
-        "table": {"score": 40.0, "msr": 0.7},
-        "kind": {"score": 30.0, "msr": 1.0},
+        "needle": {"accuracy": 0.8, "token_accuracy": 1.0, "msr": 0.5},
+        "far-sentence": {"accuracy": 0.0, "token_accuracy": 0.4, "msr": 0.7},
+        "kind": {"accuracy": 0.3, "token_accuracy": 1.0, "msr": 1.0},
     }
-    assert summary(found, {"needle", "table"}) == {
+    assert summary(found, {"needle", "far-sentence"}, TASKS) == {
         "sensitive": 60.0,
         "robust": 30.0,
         "msr_sensitive": 0.6,
         "msr_robust": 1.0,
-        "msr": 0.733,
+        "msr": 0.7333,
     }
 
 

@@ -14,9 +14,9 @@ pytest.importorskip("recipes.tiny", reason="the recipes are not here")
 import elasticore as ec
 from elasticore.eval.methods import Method
 from elasticore.eval.tasks import TASKS
-from recipes.tiny import scores
+from recipes.study import scores
+from recipes.study.scores import Scorer, Static, Stretched
 from recipes.tiny.plan import SENSITIVE
-from recipes.tiny.scores import Scorer, Static, Stretched
 from recipes.tiny.sentences import answer, here, meaning, verdict
 from recipes.tiny.summary import Spread, fronts, label, paired, summarise
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
+import multiprocessing
 import platform
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,11 +21,13 @@ import torch
 from rich.progress import track
 
 import elasticore as ec
+from elasticore.data.encoding import load_tokenizer
+from elasticore.eval.corpus import Split
 from elasticore.eval.methods import Method
-from elasticore.eval.tasks import TASKS, Sample, make_sample
+from elasticore.eval.tasks import TASKS, Sample, Task, make_sample
 from elasticore.eval.teacher_forced import Score, score
 from elasticore.models.loading import TINY, load_backbone
-from recipes.tiny.runs import console
+from recipes.study.runs import console
 
 __all__ = [
     "Static",
@@ -116,7 +121,7 @@ class Stretched:
 
 
 class Scorer:
-    """The backbone and its held-out samples, with what was measured before.
+    """The backbone and its samples, with what was measured before.
 
     Parameters
     ----------
@@ -130,6 +135,12 @@ class Scorer:
         Tokens of a batch; by default 200K on a GPU and 8K on a CPU.
     backend
         What runs the attention.
+    module
+        Name of the module whose ``TASKS`` there are.
+    split, first
+        Whose samples are scored, and their first seed.
+    workers
+        Processes that make samples; 0 makes them here.
     """
 
     def __init__(
@@ -140,6 +151,10 @@ class Scorer:
         dtype: str = "auto",
         batch_tokens: int | None = None,
         backend: str = "auto",
+        module: str = "elasticore.eval.tasks",
+        split: Split = "heldout",
+        first: int = 0,
+        workers: int = 0,
     ) -> None:
         cuda = torch.cuda.is_available()
         self.folder, self.backend = folder, backend
@@ -148,23 +163,42 @@ class Scorer:
         self.model, self.tokenizer = load_backbone(backbone, self.dtype)
         self.weights = ec.fingerprint(self.model)["weights"]
         self.shape = self.model.config.num_hidden_layers, self.model.config.num_key_value_heads
+        self.backbone, self.module, self.workers = backbone, module, workers
+        self.split, self.first = split, first
+        self.tasks: Mapping[str, Task] = importlib.import_module(module).TASKS
         self._samples: dict[tuple[str, int], list[Sample]] = {}
 
     def samples(self, task: str, length: int, count: int) -> list[Sample]:
-        """The first ``count`` held-out samples of a task."""
-        there = self._samples.setdefault((task, length), [])
-        for index in range(len(there), count):
-            there.append(make_sample(task, self.tokenizer, length, index))
-        return there[:count]
+        """The first ``count`` samples of a task."""
+        self._make([task], length, count)
+        return self._samples[task, length][:count]
+
+    def _make(self, tasks: Sequence[str], length: int, count: int) -> None:
+        """Make the samples that are missing."""
+        jobs = []
+        for task in tasks:
+            there = self._samples.setdefault((task, length), [])
+            jobs += [(task, self.first + index) for index in range(len(there), count)]
+        make = partial(_sample, self.backbone, self.module, length, self.split)
+        if self.workers and jobs:
+            # Spawned, as this process may hold a GPU.
+            with multiprocessing.get_context("spawn").Pool(self.workers) as pool:
+                made = pool.map(make, jobs, chunksize=max(1, min(20, len(jobs) // self.workers)))
+        else:
+            made = [make(job) for job in jobs]
+        for (task, _), sample in zip(jobs, made, strict=True):
+            self._samples[task, length].append(sample)
 
     def score(
-        self, way: Way, length: int, count: int, tasks: Iterable[str] = tuple(TASKS)
+        self, way: Way, length: int, count: int, tasks: Iterable[str] | None = None
     ) -> Figures:
-        """Figures per task (:func:`means`), and of a router ``sparse``, how often each head was.
+        """Figures per task: :func:`means`, and ``each``, the :func:`value` of every sample.
+
+        Of a router also ``sparse``, how often each head was.
 
         Read from the file of an earlier call, if its way was the same.
         """
-        tasks = list(tasks)
+        tasks = list(self.tasks if tasks is None else tasks)
         about = {
             "way": identity(way),
             "backbone": self.weights,
@@ -174,11 +208,14 @@ class Scorer:
             "dtype": self.dtype,
             "text": f"standard library of Python {platform.python_version()}",
         }
+        if (self.split, self.first) != ("heldout", 0):
+            about["of"] = [self.split, self.first]
         file = self.folder and self.folder / f"{way.name}-{length}.json"
         if file and file.is_file():
             there = json.loads(file.read_text(encoding="utf-8"))
             if there["about"] == about:
                 return there["figures"]
+        self._make(tasks, length, count)
         since = time.perf_counter()
         with way.on(self.model), ec.use_backend(self.backend):
             figures = {task: self._score(way, self.samples(task, length, count)) for task in tasks}
@@ -202,7 +239,11 @@ class Scorer:
         size = max(1, self.batch_tokens // samples[0].stop)
         with ec.record() as trace:
             found = score(self.model, samples, batch_size=size, progress=bar)
-        figures: dict[str, Any] = means(found)[samples[0].task]
+        task = samples[0].task
+        figures: dict[str, Any] = means(found)[task]
+        tokens = self.tasks[task].tokens
+        each = [one.accuracy if tokens else float(one.correct) for one in found]
+        figures["each"] = [round(x, 4) for x in each]  # so that two ways can be compared in pairs
         if isinstance(way, Method) and way.kind == "router":
             decided = [one.decisions for one in trace.passes if one.decided]
             figures["sparse"] = torch.cat(decided, 1).double().mean(1).tolist()
@@ -241,9 +282,19 @@ def means(scores: list[Score]) -> Figures:
     return table
 
 
-def value(task: str, figures: dict[str, Any]) -> float:
-    """The score of a task: exact answers if it is sensitive, else right tokens."""
-    return float(figures["accuracy" if TASKS[task].sensitive else "token_accuracy"])
+def value(task: str, figures: dict[str, Any], tasks: Mapping[str, Task] = TASKS) -> float:
+    """The score of a task: the share of exact answers, or of right tokens where those count."""
+    return float(figures["token_accuracy" if tasks[task].tokens else "accuracy"])
+
+
+@lru_cache
+def _tokenizer(backbone: str) -> Any:
+    return load_tokenizer(backbone)
+
+
+def _sample(backbone: str, module: str, length: int, split: Split, job: tuple[str, int]) -> Sample:
+    tasks = importlib.import_module(module).TASKS
+    return make_sample(job[0], _tokenizer(backbone), length, job[1], split, tasks)
 
 
 def mean_msr(figures: Figures) -> float:

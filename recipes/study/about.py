@@ -1,4 +1,4 @@
-"""What every result of the tiny model says about where it comes from."""
+"""What every result file says about where it comes from."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Trainings of the tiny model: several at once, each a process of its own, resumed where they are.
+"""Trainings: several at once, each a process of its own, resumed where they are.
 
-A tiny model leaves most of a GPU idle, which waits for launches; so a few trainings share it.
+A small model leaves most of a GPU idle, which waits for launches; so a few trainings share it.
 """
 
 from __future__ import annotations
