@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -16,7 +16,7 @@ from elasticore.models.elastic import is_elastic
 from elasticore.models.recording import record
 from elasticore.models.versions import CACHE
 
-__all__ = ["Score", "score"]
+__all__ = ["Score", "score", "scoring_order"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,9 @@ class Score:
         Mean cross-entropy of the answer's tokens, in nats.
     msr, esr, esr_last_query
         Ω_MSR and both Ω_ESR of the prompt's prefill; 0 for a model that is not elastic.
+    decisions
+        int8 ``[layers, kv_heads]`` on the CPU: which heads that prefill made sparse; None for a
+        model that is not elastic.
     """
 
     task: str
@@ -44,6 +47,7 @@ class Score:
     msr: float
     esr: float
     esr_last_query: float
+    decisions: Tensor | None = field(default=None, repr=False, compare=False)
 
 
 @torch.no_grad()
@@ -70,7 +74,7 @@ def score(
     progress
         Wraps the batches, for a progress bar.
     """
-    order = sorted(range(len(samples)), key=lambda i: _shape(samples[i]))
+    order = scoring_order(samples)
     batches = [
         chunk
         for _, group in groupby(order, key=lambda i: _shape(samples[i]))
@@ -80,6 +84,11 @@ def score(
     for batch in progress(batches):
         scores |= zip(batch, _score_batch(model, [samples[i] for i in batch]), strict=True)
     return [scores[i] for i in range(len(samples))]
+
+
+def scoring_order(samples: Sequence[Sample]) -> list[int]:
+    """The order in which :func:`score` goes through ``samples``: by their prompts' lengths."""
+    return sorted(range(len(samples)), key=lambda i: _shape(samples[i]))
 
 
 def _score_batch(model: Any, samples: list[Sample]) -> list[Score]:
@@ -110,7 +119,8 @@ def _score_batch(model: Any, samples: list[Sample]) -> list[Score]:
         trace.prefill.esr if elastic else zero,
         trace.prefill.esr_last_query if elastic else zero,
     ]
-    rows = zip(*(column.tolist() for column in columns), strict=True)
+    decisions = trace.prefill.decisions.unbind(1) if elastic else [None] * len(samples)
+    rows = zip(*(column.tolist() for column in columns), decisions, strict=True)
     return [Score(sample.task, *row) for sample, row in zip(samples, rows, strict=True)]
 
 

@@ -14,11 +14,12 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 from rich.progress import track
+from torch import Tensor
 
 import elasticore as ec
 from elasticore.data.encoding import load_tokenizer
@@ -27,6 +28,7 @@ from elasticore.eval.methods import Method
 from elasticore.eval.tasks import TASKS, Sample, Task, make_sample
 from elasticore.eval.teacher_forced import Score, score
 from elasticore.models.loading import TINY, load_backbone
+from recipes.study.replay import Replayed, packed
 from recipes.study.runs import console
 
 __all__ = [
@@ -194,9 +196,9 @@ class Scorer:
     ) -> Figures:
         """Figures per task: :func:`means`, and ``each``, the :func:`value` of every sample.
 
-        Of a router also ``sparse``, how often each head was.
-
-        Read from the file of an earlier call, if its way was the same.
+        Of a router also ``sparse``, how often each head was, and ``decisions``, which
+        :func:`~recipes.study.replay.unpacked` reads. All are read from the file of an earlier call,
+        if its way was the same.
         """
         tasks = list(self.tasks if tasks is None else tasks)
         about = {
@@ -237,16 +239,16 @@ class Scorer:
             return track(list(batches), label, **shown)
 
         size = max(1, self.batch_tokens // samples[0].stop)
-        with ec.record() as trace:
-            found = score(self.model, samples, batch_size=size, progress=bar)
+        found = score(self.model, samples, batch_size=size, progress=bar)
         task = samples[0].task
         figures: dict[str, Any] = means(found)[task]
         tokens = self.tasks[task].tokens
         each = [one.accuracy if tokens else float(one.correct) for one in found]
         figures["each"] = [round(x, 4) for x in each]  # so that two ways can be compared in pairs
         if isinstance(way, Method) and way.kind == "router":
-            decided = [one.decisions for one in trace.passes if one.decided]
-            figures["sparse"] = torch.cat(decided, 1).double().mean(1).tolist()
+            decisions = torch.stack([cast(Tensor, one.decisions) for one in found])
+            figures["sparse"] = decisions.double().mean(0).tolist()
+            figures["decisions"] = packed(decisions)
         return figures
 
 
@@ -254,6 +256,8 @@ def identity(way: Way) -> dict[str, Any]:
     """What must be the same for two ways to be the same one; routers count by their weights."""
     if isinstance(way, Stretched):
         return {"yarn": way.factor, "way": identity(way.way)}
+    if isinstance(way, Replayed):
+        return {"replayed": zlib.crc32(way.queue.numpy().tobytes()), "way": way.streams.to_dict()}
     if isinstance(way, Static):
         table = torch.as_tensor(way.table.sparse).int().tolist()
         return {"table": table, "way": way.streams.to_dict()}
