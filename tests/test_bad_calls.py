@@ -537,6 +537,7 @@ ROUTER = Entry(
         "head_dim": positive_ints(),
         "hidden_multiplier": positive_ints(),
         "boundary": positive_ints(type(None)),
+        "by": other_text("head", "layer"),
     },
     skip=frozenset({"sampler", "device", "dtype"}),  # PyTorch refuses wrong devices and dtypes
 )
@@ -547,6 +548,7 @@ ROUTER_POLICY = Entry(
         "boundary": positive_ints(type(None)),
         "hidden_multiplier": positive_ints(),
         "sampler": other_text("gumbel-softmax", "gumbel-sigmoid"),
+        "by": other_text("head", "layer"),
     },
     skip=frozenset({"weights"}),  # checked against the model's layers
 )

@@ -101,10 +101,11 @@ class SequenceParallel:
         """
         state = state_of(model)
         for router in (getattr(layer, ROUTER) for layer in state.layers):
-            if not isinstance(router, AttentionRouter):
+            if not isinstance(router, AttentionRouter) or router.by != "head":
+                by = " by layer" if isinstance(router, AttentionRouter) else ""
                 raise ValueError(
-                    f"model runs the policy {type(router).__name__}; sequence parallelism needs "
-                    "AttentionRouters, which decide for each head by itself."
+                    f"model runs the policy {type(router).__name__}{by}; sequence parallelism "
+                    "needs AttentionRouters, which decide for each head by itself."
                 )
         if state.local_layers:
             raise ValueError(

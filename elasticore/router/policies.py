@@ -96,6 +96,8 @@ class Router(Policy):
         Size of its hidden layers, in multiples of the head dimension.
     sampler
         How training samples decisions: ``"gumbel-softmax"`` or ``"gumbel-sigmoid"``.
+    by
+        What decides as one: ``"head"``, as in the paper, or ``"layer"``.
     weights
         A ``state_dict`` per layer; None for new routers, which are not trained.
     """
@@ -103,6 +105,7 @@ class Router(Policy):
     boundary: int | None = 100
     hidden_multiplier: int = 4
     sampler: str = "gumbel-softmax"
+    by: str = "head"
     weights: Sequence[Mapping[str, Tensor]] | None = field(
         default=None, repr=False, metadata={"saved": False}
     )
@@ -112,6 +115,8 @@ class Router(Policy):
         check_int("hidden_multiplier", self.hidden_multiplier, 1)
         if not isinstance(self.sampler, str) or self.sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}.")
+        if self.by not in ("head", "layer"):
+            raise ValueError(f"by must be 'head' or 'layer', got {self.by!r}.")
 
     def modules(self, layers: Sequence[LayerShape]) -> list[nn.Module]:
         """See :class:`Policy`."""
@@ -129,6 +134,7 @@ class Router(Policy):
                 self.hidden_multiplier,
                 self.boundary,
                 SAMPLERS[self.sampler](),
+                self.by,
                 device=layer.device,
             )
             if weights is not None:

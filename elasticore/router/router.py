@@ -41,6 +41,9 @@ class AttentionRouter(nn.Module):
         Tokens pooled at each end of a sequence; None pools all. See :func:`pool_boundary`.
     sampler
         How training samples; :class:`GumbelSoftmax` by default.
+    by
+        What decides as one: ``"head"``, or ``"layer"``, whose heads share the mean of their logits,
+        and their noise.
     device, dtype
         Of the parameters.
 
@@ -64,8 +67,8 @@ class AttentionRouter(nn.Module):
     Inference without gradients on a GPU runs the same function as two kernel launches of the triton
     backend (:mod:`elasticore.backends.triton.router`), whose pooled keys have the same bits and
     whose logits differ from the modules' by rounding only. The modules run where triton is not
-    installed, for ``boundary=None``, other sizes or dtypes than the kernels', and for a router that
-    is subclassed or has hooks on its layers or other layers in their place.
+    installed, for ``boundary=None``, decisions by layer, other sizes or dtypes than the kernels',
+    and for a router that is subclassed or has hooks on its layers or other layers in their place.
     """
 
     scale: Tensor | None
@@ -77,6 +80,7 @@ class AttentionRouter(nn.Module):
         hidden_multiplier: int = 4,
         boundary: int | None = 100,
         sampler: Sampler | None = None,
+        by: str = "head",
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
@@ -85,6 +89,9 @@ class AttentionRouter(nn.Module):
         check_int("head_dim", head_dim, 1)
         check_int("hidden_multiplier", hidden_multiplier, 1)
         check_int("boundary", boundary, 1, optional=True)
+        if by not in ("head", "layer"):
+            raise ValueError(f"by must be 'head' or 'layer', got {by!r}.")
+        self.by = by
         self.head_dim = head_dim
         self.hidden_multiplier = hidden_multiplier
         self.boundary = boundary
@@ -134,10 +141,15 @@ class AttentionRouter(nn.Module):
         fused = self._fused(keys, segments)
         if fused is not None:
             return fused
+        heads = keys.shape[2]
         logits = self.logits(pool_boundary(keys, segments, self.boundary))
+        if self.by == "layer":
+            logits = logits.mean(1, keepdim=True)
         if self.training:
-            gate = self.sampler(logits, self.temperature)
-            return Routing((gate.detach() > 0.5).to(torch.int8), logits, gate)
+            gate = self.sampler(logits, self.temperature).expand(-1, heads)
+            decisions = (gate.detach() > 0.5).to(torch.int8)
+            return Routing(decisions, logits.expand(-1, heads, -1), gate)
+        logits = logits.expand(-1, heads, -1)
         sparse = logits.detach()[..., 1] >= logits.detach()[..., 0]
         return Routing(sparse.to(torch.int8), logits)
 
@@ -205,6 +217,7 @@ class AttentionRouter(nn.Module):
         """The decision from the GPU kernels, or None where the modules have to run."""
         if (
             self.training
+            or self.by == "layer"
             or self.boundary is None
             or keys.device.type not in _FUSED_ON
             or not isinstance(segments, Segments)
@@ -230,7 +243,7 @@ class AttentionRouter(nn.Module):
         """The settings, for ``print``."""
         return (
             f"head_dim={self.head_dim}, hidden_multiplier={self.hidden_multiplier}, "
-            f"boundary={self.boundary}, sampler={self.sampler}"
+            f"boundary={self.boundary}, sampler={self.sampler}, by={self.by}"
         )
 
 

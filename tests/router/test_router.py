@@ -235,3 +235,27 @@ def test_keys_of_another_head_dim_are_named(router):
         route(router, torch.zeros(1, 4, 2, 8))
     with pytest.raises(ValueError, match="keys must be"):
         router(torch.zeros(4, 2, 16), segments_of(torch.zeros(1, 4, 2, 16)))
+
+
+def test_heads_of_a_layer_may_decide_as_one(keys):
+    torch.manual_seed(0)
+    one, each = (AttentionRouter(16, boundary=4, by=by) for by in ("layer", "head"))
+    each.load_state_dict(one.state_dict())
+    mean = route(each.eval(), keys).logits.mean(1)
+    found = route(one.eval(), keys)
+    assert torch.equal(found.logits, mean[:, None].expand(-1, 4, -1))
+    assert torch.equal(found.decisions, (mean[:, 1] >= mean[:, 0])[:, None].expand(-1, 4).char())
+    one.train()
+    seen = set()
+    for _ in range(40):  # the noise is shared as well
+        sampled = route(one, keys)
+        assert bool((sampled.decisions == sampled.decisions[:, :1]).all())
+        seen.update(sampled.decisions[:, 0].tolist())
+    assert seen == {0, 1}
+    sampled.gate.sum().backward()
+    assert bool(one.router_mlp[4].weight.grad.any())
+
+
+def test_other_units_of_decision_are_refused():
+    with pytest.raises(ValueError, match="by must be 'head' or 'layer', got 'model'"):
+        AttentionRouter(16, by="model")

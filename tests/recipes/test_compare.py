@@ -1,0 +1,63 @@
+"""Routers beside fixed choices of heads: the same mean Ω_MSR, and paired differences."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipes.study.compare import Record, Size, Study, summary
+from recipes.study.runs import Trainings
+from recipes.study.scores import Scorer, mean_msr
+
+QUICK = (
+    *("max_steps=2", "batch_size=2", "logging_steps=1", "dtype=float32"),
+    *("data.length=256", "workers=0"),
+)
+
+
+def figures(needle: list[float], code: list[float], msr: float = 0.5) -> dict[str, Any]:
+    return {
+        "needle": {"each": needle, "msr": msr, "esr": 0.1},
+        "code": {"each": code, "msr": msr, "esr": 0.1},
+    }
+
+
+def test_differences_are_paired_over_samples_and_averaged_over_seeds() -> None:
+    records = [
+        Record("routers", 0, "routers", 64, figures([1, 1, 0, 1], [0.5, 0.5, 0.5, 0.5])),
+        Record("routers", 1, "routers", 64, figures([1, 1, 1, 1], [0.7, 0.7, 0.7, 0.7])),
+        Record("duo", 0, "routers", 64, figures([1, 0, 0, 1], [0.6, 0.6, 0.6, 0.6], 0.7)),
+    ]
+    routers, duo = summary(records, ["needle"])
+    assert "ahead" not in routers and routers["seeds"] == 2
+    assert (routers["sensitive"], routers["sensitive_spread"]) == (87.5, 12.5)
+    assert (routers["robust"], duo["msr"]) == (60.0, 0.7)
+    # Gaps of the needle's samples: 0, 1, 0.5, 0.
+    assert duo["ahead"] == {"sensitive": 37.5, "robust": 0.0}
+    assert duo["error"]["sensitive"] == pytest.approx(100 * (0.171875 / 3) ** 0.5, abs=0.01)
+    assert duo["error"]["robust"] == 0
+
+
+@pytest.mark.slow
+def test_a_study_of_the_tiny_model(tmp_path: Path) -> None:
+    trainings = Trainings.of(tmp_path, Path("recipes/tiny/routers.yaml"), QUICK)
+    scorer = Scorer(tmp_path / "scores", dtype="float32")
+    size = Size(seeds=1, targets=(), samples=2, length=256, lengths=(), tables=1, static=("duo",))
+    study = Study(trainings, scorer, size)
+    assert study.main == "routers-t0.75" and "code" not in study.sensitive
+    trained = trainings.train(study.runs(), study.static)
+    assert not trainings.failures
+    records = list(study.records(trained))
+    found = {(record.group, record.beside): record for record in records}
+    main = found["routers-t0.75", "routers-t0.75"]
+    share, heads = mean_msr(main.figures), scorer.shape[0] * scorer.shape[1]
+    for group in ("duo", "frequency", "random"):  # to the nearest head
+        assert abs(mean_msr(found[group, study.main].figures) - share) <= 0.5 / heads + 1e-9
+    for group in ("within tasks", "between tasks"):
+        assert mean_msr(found[group, study.main].figures) == pytest.approx(share)
+    for task, own in found["per task", study.main].figures.items():
+        assert abs(own["msr"] - main.figures[task]["msr"]) <= 0.5 / heads + 1e-9
+    rows = summary(records, study.sensitive)
+    assert {"full", "streaming", "by-layer", "per task"} <= {row["group"] for row in rows}
