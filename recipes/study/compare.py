@@ -57,6 +57,8 @@ class Size:
         Random head tables.
     static
         The static methods that are trained, with the steps and samples of the routers.
+    methods
+        What needs no training, as ``elasticore eval --method`` takes it.
     """
 
     seeds: int = 3
@@ -66,6 +68,7 @@ class Size:
     lengths: tuple[int, ...] = (2048, 8192)
     tables: int = 20
     static: tuple[str, ...] = ("duo", "prulong")
+    methods: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -173,6 +176,9 @@ class Study:
             if run.group == self.main:
                 shares.append(share)
                 yield from self._controls(run, figures)
+        for text in size.methods:
+            free = Method.parse(text)
+            yield Record(free.name, 0, free.name, main, self._score(free, main))
         for number in range(size.tables if shares else 0):
             table = HeadTable.random(*self.scorer.shape, fmean(shares), number)
             random = Static(f"random-{number}", table, self.streams)
@@ -260,6 +266,10 @@ def run(
         list[int] | None, typer.Option("--other", help="Other lengths; repeatable.")
     ] = None,
     tables: Annotated[int, typer.Option(min=0, help="Random head tables.")] = 20,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="What needs no training, as `elasticore eval` takes it; repeatable."),
+    ] = None,
     change: Annotated[
         list[str] | None, typer.Option("--set", help="KEY=VALUE of all trainings; repeatable.")
     ] = None,
@@ -274,7 +284,10 @@ def run(
         length=length,
         lengths=Size.lengths if other is None else tuple(other),
         tables=tables,
+        methods=tuple(method or ()),
     )
+    for text in size.methods:  # what is wrong is said before anything starts
+        Method.parse(text)
     trainings = Trainings.of(runs, config, change or (), parallel=parallel)
     recipe = Recipe.load(config, trainings.common)
     module = recipe.data.get("module", "elasticore.eval.tasks")

@@ -44,7 +44,9 @@ def test_differences_are_paired_over_samples_and_averaged_over_seeds() -> None:
 def test_a_study_of_the_tiny_model(tmp_path: Path) -> None:
     trainings = Trainings.of(tmp_path, Path("recipes/tiny/routers.yaml"), QUICK)
     scorer = Scorer(tmp_path / "scores", dtype="float32")
-    size = Size(seeds=1, targets=(), samples=2, length=256, lengths=(), tables=1, static=("duo",))
+    free = ("chosen=xattention:threshold=0.9,block_size=32",)
+    few = {"seeds": 1, "targets": (), "samples": 2, "length": 256, "lengths": (), "tables": 1}
+    size = Size(**few, static=("duo",), methods=free)  # type: ignore[arg-type]
     study = Study(trainings, scorer, size)
     assert study.main == "routers-t0.75" and "code" not in study.sensitive
     trained = trainings.train(study.runs(), study.static)
@@ -60,4 +62,4 @@ def test_a_study_of_the_tiny_model(tmp_path: Path) -> None:
     for task, own in found["per task", study.main].figures.items():
         assert abs(own["msr"] - main.figures[task]["msr"]) <= 0.5 / heads + 1e-9
     rows = summary(records, study.sensitive)
-    assert {"full", "streaming", "by-layer", "per task"} <= {row["group"] for row in rows}
+    assert {"full", "streaming", "by-layer", "per task", "chosen"} <= {row["group"] for row in rows}

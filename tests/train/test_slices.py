@@ -79,6 +79,7 @@ def trained(folder: str, sequence_parallel: int, batch_size: int, reduction: Any
         Qwen3ForCausalLM(config).double(), ec.Elastic(sparse=ec.Streaming(16, 16))
     )
     for router in ec.routers(model):
+        router.calibrate(torch.randn(6, 4, 16))  # type: ignore[operator]
         router.double().sampler = NoNoise()  # type: ignore[assignment]
         for parameter in router.parameters():
             parameter.data.normal_(0, 0.5)
