@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
 from collections.abc import Hashable, Iterator, Mapping
@@ -29,8 +30,10 @@ REMEMBERED = 4096
 _chosen: dict[AttentionRequest, Choice] = {}
 _chosen_at = -1
 
-# The engine, layout and scale of dense calls, by all that they follow from.
-_prepared: dict[Hashable, tuple[HybridHeadAttention, SequenceLayout, float]] = {}
+# The backend, layout and scale of dense calls, by all that they follow from.
+_prepared: dict[Hashable, tuple[str, SequenceLayout, float]] = {}
+
+_numbers = itertools.count()
 
 # The names that the with blocks around the current code have chosen.
 _context: ContextVar[tuple[str, ...]] = ContextVar("elasticore_backend", default=())
@@ -104,7 +107,7 @@ def using_engine(engine: HybridHeadAttention) -> Iterator[None]:
     For an engine that needs more than its class to be made, such as one that looks at every call
     and hands it on. The choice belongs to the current context.
     """
-    name = f"{engine.name}-{id(engine)}"
+    name = f"{engine.name}-{next(_numbers)}"  # no other engine ever has it
     registry.instances[name] = engine
     before = _context.get()
     _context.set((*before, name))
@@ -187,19 +190,19 @@ def run(
     is remembered, as the layers of a model make the same call one after the other.
     """
     backend = current_backend() if backend is None else backend
-    try:
+    key, known = None, None
+    if isinstance(plan, HeadPlan) and all(isinstance(x, Tensor) for x in (q, k, v)):
         key = _key(q, k, v, plan, layout, scale, backend)
-        known = _prepared.get(key)
-    except (AttributeError, TypeError):  # one of them is no tensor, or no plan
-        known = None
+        known = None if key is None else _prepared.get(key)
     if known is None:
         layout, scale = check_call(q, k, v, plan, layout, scale)
-        known = choose(backend, AttentionRequest.of(q, k, v, plan, layout)).engine, layout, scale
-        if layout.kind == "dense":
+        known = choose(backend, AttentionRequest.of(q, k, v, plan, layout)).name, layout, scale
+        if key is not None:
             if len(_prepared) >= REMEMBERED:
                 _prepared.clear()
             _prepared[key] = known
-    engine, layout, scale = known
+    name, layout, scale = known
+    engine = registry.instance(name)
     if not torch.is_autocast_enabled(q.device.type):
         return engine.attend(q, k, v, plan, layout=layout, scale=scale)
     # Autocast would change the dtype of the output and, through the scores, the blocks selected.
@@ -215,8 +218,12 @@ def _key(
     layout: SequenceLayout | None,
     scale: float | None,
     backend: str,
-) -> Hashable:
-    """All that the check and the choice of a dense call read."""
+) -> Hashable | None:
+    """All that the check and the choice of a dense call read; None for any other call."""
+    if layout is not None and (not isinstance(layout, SequenceLayout) or layout.kind != "dense"):
+        return None  # what its tensors hold is checked at every call
+    if scale is not None and type(scale) is not float:
+        return None
     decisions, gate, gradients = plan.decisions, plan.gate, None
     if torch.is_grad_enabled():
         wanted = gate is not None and gate.requires_grad
@@ -226,7 +233,7 @@ def _key(
         (k.shape, k.stride(), k.dtype, k.device),
         (v.shape, v.stride(), v.dtype, v.device),
         (decisions.shape, decisions.device, plan.lanes, plan.block_size),
-        (layout is None or layout.kind, scale, gradients, backend, registry.changes),
+        (scale, gradients, backend, registry.changes),
     )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,15 +14,18 @@ import torch
 
 from elasticore import (
     AttentionRequest,
+    HeadPlan,
     UnknownBackend,
     UnsupportedRequest,
     Verdict,
     choice,
     current_backend,
+    hybrid_head_attention,
     register_backend,
     use_backend,
 )
 from elasticore.backends.serial import SerialAttention
+from elasticore.choice import using_engine
 from tests.toys import Absent, Ones, call
 
 pytestmark = pytest.mark.usefixtures("clean_registry")
@@ -237,3 +242,29 @@ def test_auto_refuses_with_everybodys_reason(monkeypatch: pytest.MonkeyPatch) ->
     for reason in ("serial: not today.", "ones: head_dim must be 16.", "absent: package 'absent'"):
         assert reason in message
     assert bool((call() == 1).all()), "the next call is tried afresh"
+
+
+def test_an_engine_of_a_with_block_is_not_kept() -> None:
+    """It may hold all that it was called with."""
+    engine = Ones()
+    with using_engine(engine):
+        assert bool((call() == 1).all())
+    gone = weakref.ref(engine)
+    del engine
+    gc.collect()
+    assert gone() is None
+
+
+def test_what_is_remembered_lets_no_wrong_call_pass() -> None:
+    q = torch.zeros(1, 2, 4, 16)
+    plan = HeadPlan(torch.zeros(1, 2, dtype=torch.int8))
+    for _ in range(2):
+        hybrid_head_attention(q, q, q, plan, scale=1.0)
+    with pytest.raises(TypeError, match="scale must be a float"):
+        hybrid_head_attention(q, q, q, plan, scale=True)
+    with pytest.raises(TypeError, match="layout must be a SequenceLayout"):
+        hybrid_head_attention(q, q, q, plan, layout="dense", scale=1.0)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="plan must be a HeadPlan"):
+        hybrid_head_attention(q, q, q, None, scale=1.0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="q and k must agree"):
+        hybrid_head_attention(q[..., :8].contiguous(), q, q, plan, scale=1.0)

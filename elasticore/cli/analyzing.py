@@ -24,7 +24,9 @@ app.add_typer(analyze_app, name="analyze")
 SENSITIVE = "needle,multikey,tracking"
 ALL = f"{SENSITIVE},code,prose"
 
-Model = Annotated[str, typer.Option(help='Directory or hub id of the backbone, or "tiny".')]
+Model = Annotated[
+    str, typer.Option(help='Directory or hub id of the backbone, "tiny" or "smollm2".')
+]
 Router = Annotated[
     str | None, typer.Option(help="Directory or hub id of its routers; tiny brings its own.")
 ]

@@ -98,7 +98,9 @@ def _clip(text: str, width: int = 34) -> str:
 
 @app.command()
 def run(
-    model: Annotated[str, typer.Option(help='Directory or hub id of the backbone, or "tiny".')],
+    model: Annotated[
+        str, typer.Option(help='Directory or hub id of the backbone, "tiny" or "smollm2".')
+    ],
     prompt_file: Annotated[Path, typer.Option(help="UTF-8 text to answer; - for standard input.")],
     router: Annotated[str | None, typer.Option(help="Directory or hub id of its routers.")] = None,
     backend: Backend = "auto",

@@ -77,7 +77,9 @@ def convert_pattern(
         Path, typer.Argument(help="DuoAttention's directory, or a .tsv file of it or of PruLong.")
     ],
     output: Annotated[Path, typer.Argument(help="Directory for the pattern.", metavar="OUT")],
-    model: Annotated[str, typer.Option(help='Directory or hub id of the backbone, or "tiny".')],
+    model: Annotated[
+        str, typer.Option(help='Directory or hub id of the backbone, "tiny" or "smollm2".')
+    ],
     sparsity: Annotated[
         float | None, typer.Option(help="Share of heads that stream; default: gates below 0.5.")
     ] = None,

@@ -19,7 +19,7 @@ app.add_typer(eval_app, name="eval")
 def evaluate(
     context: typer.Context,
     model: Annotated[
-        str | None, typer.Option(help='Directory or hub id of the backbone, or "tiny".')
+        str | None, typer.Option(help='Directory or hub id of the backbone, "tiny" or "smollm2".')
     ] = None,
     tasks: Annotated[
         str,

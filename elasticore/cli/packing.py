@@ -27,7 +27,10 @@ def data_build(
         ),
     ],
     tokenizer: Annotated[
-        str, typer.Option(help='Directory or hub id of the backbone, or "tiny".', metavar="NAME")
+        str,
+        typer.Option(
+            help='Directory or hub id of the backbone, "tiny" or "smollm2".', metavar="NAME"
+        ),
     ],
     output: Annotated[Path, typer.Option(help="The folder to make.")],
     min_length: Annotated[str, typer.Option(help="Fewest tokens of a sample.")] = "8k",
