@@ -68,18 +68,22 @@ def score(
     model
         A causal language model, elastic or not, in evaluation mode.
     samples
-        What to score; samples of equal prompt and answer length share a batch.
+        What to score. Samples of a batch are padded on the left, for an elastic model; for another,
+        only those of equal prompt and answer length share one.
     batch_size
         Prompts per forward.
     progress
         Wraps the batches, for a progress bar.
     """
     order = scoring_order(samples)
-    batches = [
-        chunk
-        for _, group in groupby(order, key=lambda i: _shape(samples[i]))
-        for chunk in _chunks(list(group), batch_size)
-    ]
+    if is_elastic(model):
+        batches = list(_chunks(order, batch_size))
+    else:  # a mask makes plain attention quadratic in memory
+        batches = [
+            chunk
+            for _, group in groupby(order, key=lambda i: _shape(samples[i]))
+            for chunk in _chunks(list(group), batch_size)
+        ]
     scores: dict[int, Score] = {}
     for batch in progress(batches):
         scores |= zip(batch, _score_batch(model, [samples[i] for i in batch]), strict=True)
@@ -92,18 +96,25 @@ def scoring_order(samples: Sequence[Sample]) -> list[int]:
 
 
 def _score_batch(model: Any, samples: list[Sample]) -> list[Score]:
-    ids = torch.as_tensor(np.stack([sample.input_ids for sample in samples]), device=model.device)
-    start = samples[0].start
-    prompt, answer = ids[:, :start], ids[:, start:]
+    device = model.device
+    prompts = [sample.input_ids[: sample.start] for sample in samples]
+    answers = [sample.input_ids[sample.start :] for sample in samples]
+    prompt, mask = _stacked(prompts, device, left=True)
+    answer, asked = _stacked(answers, device, left=False)
+    padded = {} if bool(mask.all()) else _places(mask)
     with record() as trace:
-        first = model(prompt, use_cache=True, logits_to_keep=1)
+        first = model(prompt, use_cache=True, logits_to_keep=1, **padded)
         logits = [first.logits]
         if answer.shape[1] > 1:
             cache = getattr(first, CACHE)
             fed = answer[:, :-1]
+            if padded:
+                # What follows a short answer counts as tokens, too: they change nothing before.
+                padded = _places(torch.cat((mask, torch.ones_like(fed, dtype=torch.bool)), 1))
+                padded["position_ids"] = padded["position_ids"][:, -fed.shape[1] :]
             # Asked for the logits of all of them, an elastic model knows that they are no prompt.
             kept = {"use_cache": True, "logits_to_keep": fed.shape[1]}
-            logits.append(model(fed, **{CACHE: cache}, **kept).logits)
+            logits.append(model(fed, **{CACHE: cache}, **kept, **padded).logits)
     scores = torch.cat(logits, 1).float()
     hits = scores.argmax(-1) == answer
     losses = torch.nn.functional.cross_entropy(
@@ -111,10 +122,11 @@ def _score_batch(model: Any, samples: list[Sample]) -> list[Score]:
     ).view_as(answer)
     zero = torch.zeros(len(samples))
     elastic = is_elastic(model)
+    count = asked.sum(1).double()
     columns: list[Tensor] = [
-        hits.all(1),
-        hits.double().mean(1),
-        losses.double().mean(1),
+        (hits | ~asked).all(1),
+        (hits & asked).sum(1) / count,
+        losses.double().masked_fill(~asked, 0).sum(1) / count,
         trace.prefill.msr if elastic else zero,
         trace.prefill.esr if elastic else zero,
         trace.prefill.esr_last_query if elastic else zero,
@@ -122,6 +134,23 @@ def _score_batch(model: Any, samples: list[Sample]) -> list[Score]:
     decisions = trace.prefill.decisions.unbind(1) if elastic else [None] * len(samples)
     rows = zip(*(column.tolist() for column in columns), decisions, strict=True)
     return [Score(sample.task, *row) for sample, row in zip(samples, rows, strict=True)]
+
+
+def _stacked(parts: list[Any], device: Any, *, left: bool) -> tuple[Tensor, Tensor]:
+    """Rows of one length, padded on one side with a token of theirs, and where they are not."""
+    width = max(map(len, parts))
+    ids = np.stack([np.full(width, part[0]) for part in parts])
+    mask = np.zeros(ids.shape, bool)
+    for row, part in enumerate(parts):
+        own = slice(width - len(part), None) if left else slice(len(part))
+        ids[row, own], mask[row, own] = part, True
+    return torch.as_tensor(ids, device=device), torch.as_tensor(mask, device=device)
+
+
+def _places(mask: Tensor) -> dict[str, Tensor]:
+    """Arguments that say which tokens are padding, and the positions of the others."""
+    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+    return {"attention_mask": mask.long(), "position_ids": positions}
 
 
 def _shape(sample: Sample) -> tuple[int, int]:

@@ -23,23 +23,32 @@ from elasticore.train import Recipe
 from elasticore.train.recipe import parts_of
 from recipes.study.about import about
 from recipes.study.runs import Run, Trainings, console
-from recipes.study.scores import Figures, Scorer, value, window
+from recipes.study.scores import UNSEEN, Figures, Scorer, value, window
 
 CONFIG = Path("recipes/smollm2/routers.yaml")
-COLD = "temperature={name: cosine}"
-STRONG = "multiplier_init=[10.0, 20.0]"
+SENSITIVE = ("needle", "two-values", "far-sentence", "far-signature")
+
+
+def _target(share: float) -> tuple[str, ...]:
+    return tuple(f"targets.{task}={share:g}" for task in SENSITIVE)
+
 
 LEVERS: dict[str, tuple[str, ...]] = {
     "recipe": (),
-    "uncalibrated": ("calibration=0",),
-    "cold": (COLD,),
-    "cold-uncalibrated": (COLD, "calibration=0"),
-    "weaker": ("multiplier_init=[1.0, 2.0]",),
-    "stronger": (STRONG,),
-    "stronger-uncalibrated": (STRONG, "calibration=0"),
+    "boundary-8": ("elastic.policy.boundary=8",),
+    "boundary-32": ("elastic.policy.boundary=32",),
+    "boundary-64": ("elastic.policy.boundary=64",),
+    "boundary-100": ("elastic.policy.boundary=100",),
     "boundary-256": ("elastic.policy.boundary=256",),
+    "uncalibrated": ("calibration=0",),
+    "cold": ("temperature={name: cosine}",),
+    "weaker": ("multiplier_init=[1.0, 2.0]",),
+    "stronger": ("multiplier_init=[10.0, 20.0]",),
     "faster": ("router_lr=3e-3",),
+    "target-.4": _target(0.4),
+    "target-.6": _target(0.6),
     "longer": ("max_steps=400",),
+    "paper": ("elastic.policy.boundary=100", "calibration=0", "temperature={name: cosine}"),
 }
 """Changes of the recipe, as ``elasticore train --set`` takes them, by what they are called."""
 
@@ -62,14 +71,15 @@ def summary(found: Figures, sensitive: set[str], tasks: dict[str, Task]) -> dict
         "msr_sensitive": msr(far),
         "msr_robust": msr(near),
         "msr": msr(far + near),
+        "gap": round(msr(near) - msr(far), 4),
     }
 
 
 def run(
     only: Annotated[list[str] | None, typer.Option(help="A lever; repeatable.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Of each lever.")] = 1,
-    samples: Annotated[int, typer.Option(min=1, help="Held-out samples of each task.")] = 100,
-    length: Annotated[int, typer.Option(help="Tokens of a held-out sample.")] = 4096,
+    samples: Annotated[int, typer.Option(min=1, help="Of each task, to score.")] = 100,
+    length: Annotated[int, typer.Option(help="Tokens of a sample.")] = 4096,
     change: Annotated[
         list[str] | None, typer.Option("--set", help="KEY=VALUE for all of them; repeatable.")
     ] = None,
@@ -95,6 +105,8 @@ def run(
         dtype=recipe.dtype,
         batch_tokens=batch_tokens,
         module=recipe.data["module"],
+        split="train",  # held-out samples are for the study alone
+        first=UNSEEN,
         workers=len(os.sched_getaffinity(0)),
     )
     streaming = Method("streaming", "streaming", window(parts_of(recipe).way))
@@ -108,13 +120,20 @@ def run(
         "failed": [failure._asdict() for failure in trainings.failures],
         "ways": {},
     }
-    table = Table(title=f"Held-out samples of {length:,} tokens, {samples} a task")
+    table = Table(title=f"{samples} unseen training samples a task, of {length:,} tokens")
     for column in ("", "sensitive", "robust", "Ω sensitive", "Ω robust", "Ω"):
         table.add_column(column, justify="right" if column else "left")
     for name, way in ways:
         found = scorer.score(way, length, samples, names)
         means = summary(found, sensitive, dict(scorer.tasks))
-        report["ways"][name] = {**means, "tasks": found}
+        short = {
+            task: {
+                "score": round(100 * value(task, figures, scorer.tasks), 2),
+                "msr": round(figures["msr"], 4),
+            }
+            for task, figures in found.items()
+        }
+        report["ways"][name] = {**means, "tasks": short}
         ratios = [means[key] for key in ("msr_sensitive", "msr_robust", "msr")]
         scores = [means["sensitive"], means["robust"]]
         table.add_row(name, *(f"{x:.1f}" for x in scores), *(f"{x:.2f}" for x in ratios))

@@ -19,13 +19,11 @@ from rich.table import Table
 from elasticore.eval.methods import Method
 from recipes.study.about import about
 from recipes.study.runs import console
-from recipes.study.scores import Scorer
+from recipes.study.scores import UNSEEN, Scorer
 
 SINK, LOCAL = 128, 512
 SENSITIVE, ROBUST = 0.60, 0.97
 LEAST = {"sensitive": 50.0, "robust": 25.0}
-UNSEEN = 900_000_000
-"""Seeds of the training split that no training reaches."""
 
 
 def kind_of(full: float, streaming: float) -> str:

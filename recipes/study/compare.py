@@ -29,7 +29,17 @@ from elasticore.train.recipe import parts_of
 from recipes.study.about import about
 from recipes.study.replay import between_tasks, replayed, unpacked, within_tasks
 from recipes.study.runs import Run, Trainings, console, gate_scores
-from recipes.study.scores import Figures, Scorer, Static, Way, mean_msr, streaming, window
+from recipes.study.scores import (
+    UNSEEN,
+    Cut,
+    Figures,
+    Scorer,
+    Static,
+    Way,
+    mean_msr,
+    streaming,
+    window,
+)
 
 STEP_SIZES = {"prulong": ("policy_settings.lr=0.1", "policy_settings.multiplier_lr=0.1")}
 """Where a static method needs others than it was published with.
@@ -37,6 +47,10 @@ STEP_SIZES = {"prulong": ("policy_settings.lr=0.1", "policy_settings.multiplier_
 PruLong's is 1, for 1,000 steps. In a few hundred its gates settle before they have learnt.
 """
 LAYER = "elastic.policy.by=layer"
+MAIN, BY_LAYER, LONG = "routers", "by-layer", "duo-long"
+CUT_SAMPLES, TRIES, NEAR = 10, 7, 0.004
+ORACLE_SAMPLES, KEPT = 100, 0.99
+TABLE_SAMPLES = 50
 
 
 @dataclass(frozen=True)
@@ -47,27 +61,30 @@ class Size:
     ----------
     seeds
         Of everything that trains.
-    targets
-        Ω_MSR wanted on sensitive tasks; the recipe's own is the main one.
+    shares
+        Mean Ω_MSR at which routers and tables are cut, beside the routers' own.
     samples, length
         Held-out samples per task, and their tokens.
     lengths
-        What else the main methods are scored on.
+        What else the main methods are scored on, at the routers' own share.
     tables
         Random head tables.
     static
         The static methods that are trained, with the steps and samples of the routers.
+    long
+        Steps of one more training of DuoAttention; 0 makes none.
     methods
         What needs no training, as ``elasticore eval --method`` takes it.
     """
 
     seeds: int = 3
-    targets: tuple[float, ...] = (0.3, 0.4, 0.6, 0.7)
+    shares: tuple[float, ...] = (0.5, 0.6, 0.7, 0.9)
     samples: int = 200
     length: int = 4096
     lengths: tuple[int, ...] = (2048, 8192)
     tables: int = 20
     static: tuple[str, ...] = ("duo", "prulong")
+    long: int = 2000
     methods: tuple[str, ...] = ()
 
 
@@ -105,41 +122,32 @@ class Study:
 
     def __init__(self, trainings: Trainings, scorer: Scorer, size: Size) -> None:
         self.trainings, self.scorer, self.size = trainings, scorer, size
+        self.unseen = scorer.of("train", UNSEEN)
         recipe = Recipe.load(trainings.config, trainings.common)
         self.tasks = list(recipe.targets)
         self.sensitive = [task for task in self.tasks if float(recipe.targets[task]) < 1]
-        wanted = {float(recipe.targets[task]) for task in self.sensitive}
-        if len(wanted) != 1:
-            raise ValueError(f"config must have one target for {self.sensitive}, got {wanted}.")
-        self.target = wanted.pop()
-        self.main = self._group(self.target)
         self.way = parts_of(recipe).way
         self.streams = streaming(self.way)
 
-    @staticmethod
-    def _group(target: float) -> str:
-        return f"routers-t{target:g}"
-
     def runs(self) -> list[Run]:
-        """The routers to train, the main ones first."""
-        found = []
-        for target in (self.target, *self.size.targets):
-            changes = tuple(f"targets.{task}={target:g}" for task in self.sensitive)
-            own = self._group(target)
-            found += [Run(own, seed, changes) for seed in range(self.size.seeds)]
-            if target == self.target:
-                by_layer = [Run("by-layer", s, (*changes, LAYER)) for s in range(self.size.seeds)]
-                found += by_layer
-        return found
+        """The routers to train, those by head first."""
+        seeds = range(self.size.seeds)
+        return [Run(MAIN, seed) for seed in seeds] + [Run(BY_LAYER, s, (LAYER,)) for s in seeds]
 
     def static(self, run: Run) -> Iterable[Run]:
-        """After main routers: the static methods, for their share of sparse heads."""
-        if run.group != self.main:
+        """After routers by head: the static methods, for their share of sparse heads."""
+        if run.group != MAIN:
             return
         share = mean_msr(self._score(self._router(run), self.size.length))
+
+        def changes(policy: str) -> tuple[str, ...]:
+            settings = f"policy_settings.sparsity={share:.4f}"
+            return (f"policy={policy}", settings, "calibration=0", *STEP_SIZES.get(policy, ()))
+
         for policy in self.size.static:
-            changes = (f"policy={policy}", f"policy_settings.sparsity={share:.4f}", "calibration=0")
-            yield Run(policy, run.seed, (*changes, *STEP_SIZES.get(policy, ())))
+            yield Run(policy, run.seed, changes(policy))
+        if self.size.long and run.seed == 0:
+            yield Run(LONG, 0, (*changes("duo"), f"max_steps={self.size.long}"))
 
     def records(self, trained: Sequence[Run]) -> Iterator[Record]:
         """Score everything, the most important first."""
@@ -151,38 +159,53 @@ class Study:
         ):
             for length in every:
                 yield Record(name, 0, name, length, self._score(method, length))
-        routers = [run for run in trained if run.group not in size.static]
+        routers = [run for run in trained if run.group == MAIN]
+        layers = {run.seed: run for run in trained if run.group == BY_LAYER}
         gates = {run: gate_scores(self.trainings.path(run)) for run in trained
-                 if run.group in size.static}  # fmt: skip
-        shares: list[float] = []
+                 if run.group not in (MAIN, BY_LAYER)}  # fmt: skip
+        rankings: dict[int, dict[str, Tensor]] = {}  # of heads, per seed
+        own = {run.seed: self._score(self._router(run), main) for run in routers}
         for run in routers:
-            own = self._router(run)
-            for length in every if run.group in (self.main, "by-layer") else (main,):
-                figures = self._score(own, length)
-                yield Record(run.group, run.seed, run.group, length, figures)
-            figures = self._score(own, main)
-            share = mean_msr(figures)
-            tables = {
-                static.group: HeadTable.of_scores(scores, share)
-                for static, scores in gates.items()
-                if static.seed == run.seed
-            }
-            often = torch.stack([torch.tensor(figures[task]["sparse"]) for task in self.tasks])
-            tables["frequency"] = HeadTable.of_scores(1 - often.mean(0), share)
-            for name, table in tables.items():
-                cut = Static(f"{name}@{run.name}", table, self.streams)
-                for length in every if run.group == self.main else (main,):
-                    yield Record(name, run.seed, run.group, length, self._score(cut, length))
-            if run.group == self.main:
-                shares.append(share)
-                yield from self._controls(run, figures)
+            often = torch.stack([torch.tensor(own[run.seed][t]["sparse"]) for t in self.tasks])
+            rankings[run.seed] = {"frequency": 1 - often.mean(0)}
+            rankings[run.seed] |= {g.group: scores for g, scores in gates.items()
+                                   if g.seed == run.seed}  # fmt: skip
+        for length in every:
+            for run in routers:
+                figures = self._score(self._router(run), length)
+                yield Record(MAIN, run.seed, MAIN, length, figures)
+                # At other lengths, too, the share that the routers have there.
+                yield from self._beside(run.seed, MAIN, length, figures, rankings[run.seed])
+                if run.seed in layers:
+                    cut = self._cut(layers[run.seed], mean_msr(own[run.seed]))
+                    yield Record(BY_LAYER, run.seed, MAIN, length, self._score(cut, length))
+        for run in routers:
+            yield from self._controls(run, own[run.seed])
         for text in size.methods:
             free = Method.parse(text)
             yield Record(free.name, 0, free.name, main, self._score(free, main))
-        for number in range(size.tables if shares else 0):
-            table = HeadTable.random(*self.scorer.shape, fmean(shares), number)
-            random = Static(f"random-{number}", table, self.streams)
-            yield Record("random", number, self.main, main, self._score(random, main))
+        yield from self._random([mean_msr(figures) for figures in own.values()])
+        if routers:
+            yield self._oracle(list(own.values()), list(rankings.values()))
+        for share in size.shares:
+            group = f"{MAIN} at {share:g}"
+            for run in routers:
+                figures = self._score(self._cut(run, share), main)
+                yield Record(group, run.seed, group, main, figures)
+                yield from self._beside(run.seed, group, main, figures, rankings[run.seed])
+                if run.seed in layers:
+                    cut = self._cut(layers[run.seed], mean_msr(figures))
+                    yield Record(BY_LAYER, run.seed, group, main, self._score(cut, main))
+
+    def _beside(
+        self, seed: int, group: str, length: int, figures: Figures, rankings: dict[str, Tensor]
+    ) -> Iterator[Record]:
+        """Head tables of the share that ``group`` has."""
+        share = mean_msr(figures)
+        for name, ranking in rankings.items():
+            table = HeadTable.of_scores(ranking, share)
+            way = Static(f"{name}-s{seed}@{share:.3f}", table, self.streams)
+            yield Record(name, seed, group, length, self._score(way, length))
 
     def _controls(self, run: Run, figures: Figures) -> Iterator[Record]:
         """A table per task, and the routers' own decisions given to other samples."""
@@ -193,7 +216,7 @@ class Study:
             table = HeadTable.of_scores(often, figures[task]["msr"])
             way = Static(f"{task}@{run.name}", table, self.streams)
             of_tasks |= self.scorer.score(way, length, count, [task])
-        yield Record("per task", run.seed, run.group, length, of_tasks)
+        yield Record("per task", run.seed, MAIN, length, of_tasks)
         own: dict[str, Tensor] = {
             task: unpacked(figures[task]["decisions"], shape) for task in self.tasks
         }
@@ -201,7 +224,70 @@ class Study:
         for name, mix in (("within tasks", within_tasks), ("between tasks", between_tasks)):
             given = mix(own, run.seed)
             way = replayed(f"{name.split()[0]}@{run.name}", samples, given, self.streams)
-            yield Record(name, run.seed, run.group, length, self._score(way, length))
+            yield Record(name, run.seed, MAIN, length, self._score(way, length))
+
+    def _random(self, shares: Sequence[float]) -> Iterator[Record]:
+        count = min(TABLE_SAMPLES, self.size.samples)
+        for number in range(self.size.tables if shares else 0):
+            table = HeadTable.random(*self.scorer.shape, fmean(shares), number)
+            way = Static(f"random-{number}", table, self.streams)
+            figures = self.scorer.score(way, self.size.length, count, self.tasks)
+            yield Record("random", number, MAIN, self.size.length, figures)
+
+    def _oracle(self, own: Sequence[Figures], rankings: Sequence[dict[str, Tensor]]) -> Record:
+        """For every task the sparsest table that keeps its score on samples of its own."""
+        length, found = self.size.length, {}
+        count = min(ORACLE_SAMPLES, self.size.samples)
+        names = dict.fromkeys(name for one in rankings for name in one)
+        shared = {name: [one[name] for one in rankings if name in one] for name in names}
+        full = self.unseen.score(Method("full", "full"), length, count, self.tasks)
+        for task in self.tasks:
+            of_task = [1 - torch.tensor(figures[task]["sparse"]) for figures in own]
+            wanted = KEPT * fmean(full[task]["each"])
+            best: tuple[float, Tensor] = (0.0, of_task[0])
+            for share in (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.4, 0.3):
+                for name, scores in {"own": of_task, **shared}.items():
+                    ranking = torch.stack([_ranks(one) for one in scores]).mean(0)
+                    way = Static(f"{task}-{name}@{share:g}", HeadTable.of_scores(ranking, share),
+                                 self.streams)  # fmt: skip
+                    kept = self.unseen.score(way, length, count, [task])[task]["each"]
+                    if fmean(kept) >= max(wanted, best[0]):
+                        best = fmean(kept), way.table
+                if best[0]:
+                    break
+            if not best[0]:
+                best = 1.0, HeadTable(torch.zeros(self.scorer.shape, dtype=torch.bool))
+            way = Static(f"{task}@oracle", best[1], self.streams)
+            found |= self.scorer.score(way, length, self.size.samples, [task])
+        return Record("oracle", 0, "oracle", length, found)
+
+    def _cut(self, run: Run, share: float) -> Cut:
+        """Routers whose mean Ω_MSR on unseen samples is ``share``, found by false position."""
+        folder = (self.trainings.path(run) / "router").resolve()
+        points: dict[float, float] = {}
+
+        def measured(amount: float) -> float:
+            if amount not in points:
+                cut = Cut(f"{run.name}{amount:+.4f}", folder, amount)
+                count = min(CUT_SAMPLES, self.size.samples)
+                found = self.unseen.score(cut, self.size.length, count, self.tasks)
+                points[amount] = mean_msr(found)
+            return points[amount]
+
+        best = 0.0
+        for _ in range(TRIES):
+            if abs(measured(best) - share) <= NEAR:
+                break
+            below = max((a for a, msr in points.items() if msr <= share), default=None)
+            above = min((a for a, msr in points.items() if msr > share), default=None)
+            if below is None or above is None:
+                edge = min(points) if below is None else max(points)
+                best = round(edge + (-1 if below is None else 1) * max(1.0, abs(edge)), 4)
+                continue
+            part = (share - points[below]) / (points[above] - points[below])
+            best = round(below + min(0.9, max(0.1, part)) * (above - below), 4)
+        best = min(points, key=lambda amount: abs(points[amount] - share))
+        return Cut(f"{run.name}@{share:.3f}", folder, best)
 
     def _router(self, run: Run) -> Method:
         folder = (self.trainings.path(run) / "router").resolve()
@@ -209,6 +295,12 @@ class Study:
 
     def _score(self, way: Way, length: int) -> Figures:
         return self.scorer.score(way, length, self.size.samples, self.tasks)
+
+
+def _ranks(scores: Tensor) -> Tensor:
+    """Place of every head among all, so that scores of several kinds can be averaged."""
+    flat = scores.flatten().double()
+    return flat.argsort(stable=True).argsort().double().view_as(scores)
 
 
 def summary(records: Sequence[Record], sensitive: Sequence[str]) -> list[dict[str, Any]]:
@@ -240,7 +332,7 @@ def summary(records: Sequence[Record], sensitive: Sequence[str]) -> list[dict[st
         if routers and group != beside:
             row["ahead"], row["error"] = {}, {}
             for kind, among in kinds.items():
-                gaps = [_mean_each(routers, task) - _mean_each(own, task) for task in among]
+                gaps = [_gaps(routers, own, task) for task in among]
                 squares = [float(gap.var()) / max(1, len(gap) - 1) for gap in gaps]
                 row["ahead"][kind] = round(100 * fmean(float(gap.mean()) for gap in gaps), 2)
                 row["error"][kind] = round(100 * sum(squares) ** 0.5 / len(gaps), 2)
@@ -248,17 +340,20 @@ def summary(records: Sequence[Record], sensitive: Sequence[str]) -> list[dict[st
     return rows
 
 
-def _mean_each(records: Sequence[Record], task: str) -> Any:
-    """The score of every sample, as the mean over the seeds."""
-    return np.mean([record.figures[task]["each"] for record in records], 0)
+def _gaps(routers: Sequence[Record], own: Sequence[Record], task: str) -> Any:
+    """How far each sample's score is behind that with routers; means over the seeds."""
+    count = min(len(r.figures[task]["each"]) for r in (*routers, *own))
+    means = [np.mean([r.figures[task]["each"][:count] for r in one], 0) for one in (routers, own)]
+    return means[0] - means[1]
 
 
 def run(
     config: Annotated[Path, typer.Option(help="Recipe of the routers.")],
     runs: Annotated[Path, typer.Option(help="Where trainings, scores and figures go.")],
     seeds: Annotated[int, typer.Option(min=1, help="Of everything that trains.")] = 3,
-    target: Annotated[
-        list[float] | None, typer.Option(help="Ω_MSR beside the recipe's; repeatable.")
+    share: Annotated[
+        list[float] | None,
+        typer.Option(help="Mean Ω_MSR to compare at, beside the routers' own; repeatable."),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Held-out samples per task.")] = 200,
     length: Annotated[int, typer.Option(help="Their tokens.")] = 4096,
@@ -266,6 +361,7 @@ def run(
         list[int] | None, typer.Option("--other", help="Other lengths; repeatable.")
     ] = None,
     tables: Annotated[int, typer.Option(min=0, help="Random head tables.")] = 20,
+    long: Annotated[int, typer.Option(min=0, help="Steps of a long DuoAttention.")] = 2000,
     method: Annotated[
         list[str] | None,
         typer.Option(help="What needs no training, as `elasticore eval` takes it; repeatable."),
@@ -279,11 +375,12 @@ def run(
     """Train, score and compare."""
     size = Size(
         seeds=seeds,
-        targets=Size.targets if target is None else tuple(target),
+        shares=Size.shares if share is None else tuple(share),
         samples=samples,
         length=length,
         lengths=Size.lengths if other is None else tuple(other),
         tables=tables,
+        long=long,
         methods=tuple(method or ()),
     )
     for text in size.methods:  # what is wrong is said before anything starts

@@ -32,6 +32,8 @@ from recipes.study.replay import Replayed, packed
 from recipes.study.runs import console
 
 __all__ = [
+    "UNSEEN",
+    "Cut",
     "Static",
     "Scorer",
     "Stretched",
@@ -48,6 +50,9 @@ Figures = dict[str, dict[str, Any]]
 """Per task, figures by name."""
 
 ROUTER = "router.safetensors"
+LAST_BIAS = "router_mlp.4.bias"
+UNSEEN = 900_000_000
+"""Seeds of the training split from here on are reached by no training."""
 
 
 class Way(Protocol):
@@ -122,6 +127,39 @@ class Stretched:
             base.rotary_emb = plain
 
 
+@dataclass(frozen=True)
+class Cut:
+    """Trained routers that find every head more, or less, often sparse.
+
+    So routers can be compared with others at any share of sparse heads, as gates of static methods
+    are: by where they are cut.
+
+    Attributes
+    ----------
+    name
+        As it is shown, and of its file.
+    folder
+        Of the routers.
+    amount
+        What is added to every head's logit of being sparse.
+    """
+
+    name: str
+    folder: Path
+    amount: float
+
+    def on(self, model: Any) -> AbstractContextManager[Any]:
+        """See :class:`Way`."""
+        way = ec.Elastic.load(self.folder)
+        assert isinstance(way.policy, ec.Router) and way.policy.weights is not None
+        weights = []
+        for layer in way.policy.weights:
+            last = layer[LAST_BIAS].clone()
+            last[1] += self.amount
+            weights.append({**layer, LAST_BIAS: last})
+        return replace(way, policy=replace(way.policy, weights=weights)).on(model)
+
+
 class Scorer:
     """The backbone and its samples, with what was measured before.
 
@@ -169,6 +207,13 @@ class Scorer:
         self.split, self.first = split, first
         self.tasks: Mapping[str, Task] = importlib.import_module(module).TASKS
         self._samples: dict[tuple[str, int], list[Sample]] = {}
+
+    def of(self, split: Split, first: int) -> Scorer:
+        """The same, of other samples."""
+        other = copy.copy(self)
+        other.split, other.first, other._samples = split, first, {}
+        other.folder = self.folder and self.folder / split
+        return other
 
     def samples(self, task: str, length: int, count: int) -> list[Sample]:
         """The first ``count`` samples of a task."""
@@ -245,7 +290,7 @@ class Scorer:
         tokens = self.tasks[task].tokens
         each = [one.accuracy if tokens else float(one.correct) for one in found]
         figures["each"] = [round(x, 4) for x in each]  # so that two ways can be compared in pairs
-        if isinstance(way, Method) and way.kind == "router":
+        if isinstance(way, Cut) or (isinstance(way, Method) and way.kind == "router"):
             decisions = torch.stack([cast(Tensor, one.decisions) for one in found])
             figures["sparse"] = decisions.double().mean(0).tolist()
             figures["decisions"] = packed(decisions)
@@ -261,12 +306,17 @@ def identity(way: Way) -> dict[str, Any]:
     if isinstance(way, Static):
         table = torch.as_tensor(way.table.sparse).int().tolist()
         return {"table": table, "way": way.streams.to_dict()}
+    if isinstance(way, Cut):
+        return {"cut": round(way.amount, 6), "crc32": _digest(way.folder)}
     assert isinstance(way, Method)
     settings = dict(way.settings)
     if "path" in settings:
-        folder = Path(settings.pop("path"))
-        settings["crc32"] = zlib.crc32((folder / ROUTER).read_bytes())
+        settings["crc32"] = _digest(Path(settings.pop("path")))
     return {"kind": way.kind, "settings": settings}
+
+
+def _digest(folder: Path) -> int:
+    return zlib.crc32((folder / ROUTER).read_bytes())
 
 
 def means(scores: list[Score]) -> Figures:

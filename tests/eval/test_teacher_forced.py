@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -46,11 +48,21 @@ def test_correct_is_what_greedy_decoding_writes(model: LlamaForCausalLM) -> None
     assert right.msr == 0  # no routers, nothing sparse
 
 
-def test_batches_and_order_change_nothing(model: LlamaForCausalLM) -> None:
-    samples = [sample(model, seed, seed % 2 == 0, 80 + seed % 3) for seed in range(7)]
-    ec.elasticize(model, ec.Elastic(ec.Router(boundary=20), sparse=ec.Streaming(16, 16)))
+@pytest.mark.parametrize("elastic", [True, False])
+def test_batches_and_order_change_nothing(model: LlamaForCausalLM, elastic: bool) -> None:
+    whole = [sample(model, seed, seed % 2 == 0, 80 + seed % 3) for seed in range(9)]
+    samples = [  # answers of one to six tokens, beside each other
+        replace(one, input_ids=one.input_ids[: one.stop - cut], stop=one.stop - cut)
+        for one, cut in zip(whole, [0, 2, 5, 0, 1, 3, 4, 0, 5], strict=True)
+    ]
+    if elastic:
+        ec.elasticize(model, ec.Elastic(ec.Router(boundary=20), sparse=ec.Streaming(16, 16)))
     alone = [score(model, [one])[0] for one in samples]
-    together = score(model, samples, batch_size=4)
+    batches: list[int] = []
+    together = score(
+        model, samples, batch_size=4, progress=lambda b: [*b, batches.append(len(b))][:-1]
+    )
+    assert batches[0] == (3 if elastic else 7)  # shapes, without a mask
     for a, b in zip(alone, together, strict=True):
         assert (a.correct, a.accuracy, a.msr, a.esr) == (b.correct, b.accuracy, b.msr, b.esr)
         assert a.loss == pytest.approx(b.loss, rel=1e-4)
