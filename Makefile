@@ -14,7 +14,7 @@ SETUP := .venv/.stamp
 PYTEST := $(BIN)/python -m pytest -v --durations=10
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo reproduce study test test-gpu test-matrix test-latest lint format docs bench clean
+.PHONY: help setup demo fetch reproduce study test test-gpu test-matrix test-latest lint format docs bench clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,17 +29,19 @@ $(SETUP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: $(SETUP)  ## Show the tiny elastic model at work
+demo: $(SETUP)  ## A real model answers long prompts, elastic beside full attention
 	$(BIN)/elasticore demo
+
+fetch: $(SETUP)  ## Download the real model and its texts, once (103 MB)
+	$(BIN)/elasticore fetch smollm2
+	$(BIN)/elasticore fetch texts
 
 # A command that was stopped goes on when it is given again: make reproduce ARGS='--seeds 2'
 reproduce: $(SETUP)  ## The paper in miniature on the tiny model; minutes on a GPU
 	$(BIN)/python -m recipes.tiny.reproduce $(ARGS)
 
 # Resumable, as above: make study ARGS='--seeds 1 --samples 50'
-study: $(SETUP)  ## Routers of a real model beside fixed choices of heads; long, on a GPU
-	$(BIN)/elasticore fetch smollm2
-	$(BIN)/python -m recipes.smollm2.texts
+study: fetch  ## Routers of a real model beside fixed choices of heads; long, on a GPU
 	$(BIN)/python -m recipes.study.compare --config recipes/smollm2/routers.yaml \
 		--runs runs/smollm2/study $(ARGS)
 

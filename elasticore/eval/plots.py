@@ -53,9 +53,8 @@ def routing_picture(
         image = axis.imshow(table, vmin=0, vmax=1, cmap=colours, aspect="auto")
         axis.set_title(f"{task}\nΩ = {table.mean():.2f}", fontsize=10)
         axis.set_xticks(range(table.shape[1]))
-        axis.set_yticks(
-            range(table.shape[0]), [str(i + layer_offset) for i in range(table.shape[0])]
-        )
+        layers = range(0, table.shape[0], -(-table.shape[0] // 12))
+        axis.set_yticks(layers, [str(layer + layer_offset) for layer in layers])
         axis.set_xlabel("KV head")
         for edge in axis.spines.values():
             edge.set_visible(False)

@@ -48,7 +48,7 @@ def run(
         runs / "retention",
         backbone="smollm2",
         batch_tokens=batch_tokens,
-        module="recipes.smollm2.tasks",
+        module="elasticore.eval.chat_tasks",
         split="train",
         first=UNSEEN,
         workers=len(os.sched_getaffinity(0)),

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import io
 import json
 import subprocess
 import zipfile
 from pathlib import Path
-from typing import Any
+from urllib.error import URLError
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
+import elasticore as ec
 from elasticore.assets import backbone_path
 from elasticore.assets import fetched as module
 from elasticore.assets.fetched import fetch_smollm2, smollm2
 from elasticore.cli import app
 from elasticore.errors import ElasticoreError
+from elasticore.eval import texts
 from elasticore.models.loading import load_backbone
 
 
@@ -84,16 +88,47 @@ def test_it_is_fetched_once(place: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert list(place.iterdir()) == [folder], "nothing is left beside it"
 
 
-def test_the_model_answers() -> None:
-    """With the real one, where it was fetched."""
-    try:
-        smollm2()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-    model, tokenizer = load_backbone("smollm2", "float32")
-    asked: Any = [{"role": "user", "content": "What is the capital of France?"}]
-    ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt")
-    ids = ids["input_ids"].to(model.device)
-    with torch.no_grad():
-        answer = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
-    assert "Paris" in tokenizer.decode(answer)
+class Registry:
+    """Stands for the network; counts what is asked of it."""
+
+    def __init__(self, data: bytes | None) -> None:
+        self.data, self.asked = data, 0
+
+    def __call__(self, address: str, timeout: float) -> io.BytesIO:
+        self.asked += 1
+        if self.data is None:
+            raise URLError("no route to host")
+        return io.BytesIO(self.data)
+
+
+def test_texts_are_fetched_once_and_checked(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FileNotFoundError, match="run `elasticore fetch texts` once"):
+        texts.speeches.__wrapped__("train")
+    registry = Registry(b"tarball")
+    monkeypatch.setattr(texts.urllib.request, "urlopen", registry)
+    with pytest.raises(ElasticoreError, match="another digest than expected"):
+        texts.fetch_texts()
+    digest = base64.b64encode(hashlib.sha512(b"tarball").digest()).decode()
+    monkeypatch.setattr(texts, "PACKAGES", {"a/-/a-1.tgz": digest, "b/-/b-2.tgz": digest})
+    found = CliRunner().invoke(app, ["fetch", "texts", "--json"])
+    assert json.loads(found.stdout) == {"what": "texts", "folder": str(place / "texts")}
+    assert sorted(f.name for f in (place / "texts").iterdir()) == ["a-1.tgz", "b-2.tgz"]
+    before = registry.asked
+    assert texts.fetch_texts() == place / "texts" and registry.asked == before
+
+
+def test_texts_without_a_network_say_where_to_put_them(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(texts.urllib.request, "urlopen", Registry(None))
+    found = CliRunner().invoke(app, ["fetch", "texts"])
+    assert found.exit_code == 2
+    said = " ".join(found.output.split())
+    assert "no route to host" in said and "put it at" in said
+    assert CliRunner().invoke(app, ["fetch", "texts", "--wheel", __file__]).exit_code == 2
+
+
+def test_a_backbone_of_ours_by_its_name() -> None:
+    assert (ec.fetch("tiny") / "config.json").is_file()
+    with pytest.raises(ValueError, match="name must be one of tiny, smollm2, got 'gpt'"):
+        ec.fetch("gpt")

@@ -158,6 +158,6 @@ def test_the_demo_runs_over_it(backend: str) -> None:
         pytest.skip("Triton's interpreter takes minutes for it.")
     dtype_of(backend)
     with ec.use_backend(backend):
-        (answer,) = run_demo(prompts=[("needle", 0)], length=256)
+        (answer,) = run_demo(prompts=[("needle", 256, 0)])
     assert answer.backend == backend
-    assert answer.correct == (True, True)
+    assert answer.right == (True, True)

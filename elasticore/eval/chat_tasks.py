@@ -3,8 +3,9 @@
 Each is a question on a text, with the start of the answer given, so that there is one way to go on.
 What the answer needs stands far back (``far``: in the first 80 % of the text) or close by
 (``near``: in its last 180 tokens). Which of them count as sensitive and as robust is not said here:
-:mod:`recipes.smollm2.retention` measures it, by the rule in the README of this folder.
+``recipes/smollm2`` measures it for a model, by the rule in its README.
 
+The texts are those of :mod:`elasticore.eval.texts` and programs of the standard library.
 Held-out samples use texts, keys, values and seeds that no training sample uses.
 """
 
@@ -20,7 +21,7 @@ import numpy as np
 from elasticore.eval.corpus import Split, documents
 from elasticore.eval.facts import ADJECTIVES, NOUNS, draw
 from elasticore.eval.tasks import Build, Built, Task, Tokens, encode, weave
-from recipes.smollm2.texts import Country, countries, speeches
+from elasticore.eval.texts import Country, countries, speeches
 
 __all__ = ["FAR", "NEAR", "TASKS"]
 
@@ -209,7 +210,7 @@ def _fact(far: bool) -> Build:
             missing -= len(parts[-1])
             if not missing:
                 break
-        place = int(rng.integers(FAR_SHARE * len(parts))) if far else len(parts)
+        place = int(rng.integers(int(FAR_SHARE * len(parts)))) if far else len(parts)
         before = sum(len(part) for part in parts[:place])
         text = np.concatenate([*parts[:place], entry, *parts[place:]])
         return asked.sample(text, ((before, before + len(entry)),))
@@ -244,7 +245,9 @@ def _found(draw_text: Callable[..., Tokens], find: Callable[[str], Any], far: bo
             text = draw_text(tokenizer, rng, split, length)
             first = length - NEAR_TOKENS
             if far:  # but for the front, which makes room for the question
-                first = int(rng.integers(ROOM, max(ROOM + 1, FAR_SHARE * length - NEAR_TOKENS)))
+                first = int(
+                    rng.integers(ROOM, int(max(ROOM + 1, FAR_SHARE * length - NEAR_TOKENS)))
+                )
             found = find(tokenizer.decode(text[first : first + NEAR_TOKENS].tolist()))
             if found is None:
                 continue
