@@ -60,8 +60,8 @@ def smallest(results: Any, path: str) -> Any:
     return min(found)
 
 
-def cell(value: object) -> str:
-    """One value as text: three decimals, one from 100 on; thousands apart; a dash for None.
+def cell(value: object, percent: bool = False) -> str:
+    """One value as text: three decimals, one from 100 on and for percents; a dash for None.
 
     What three decimals would make a zero of is written with an exponent.
     """
@@ -70,7 +70,7 @@ def cell(value: object) -> str:
     if isinstance(value, float):
         if 0 < abs(value) < 5e-4:
             return f"{value:.1e}"
-        return f"{value:,.3f}" if abs(value) < 100 else f"{value:,.1f}"
+        return f"{value:,.3f}" if abs(value) < 100 and not percent else f"{value:,.1f}"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return str(value)
@@ -93,8 +93,11 @@ def table(file: str, rows: str, columns: Sequence[str], below: str = "") -> str:
         raise ValueError(f"{file}: every column is 'heading = dotted path', got {list(columns)}")
     lines = [["", *(heading.strip() for heading, _, _ in pairs)], ["---", *["--:"] * len(pairs)]]
     for row in (name.strip() for name in rows.split(",")):
-        paths = (path.strip().replace("{row}", row) for _, _, path in pairs)
-        lines.append([f"`{row}`", *(cell(smallest(results, path)) for path in paths)])
+        cells = (
+            cell(smallest(results, path.strip().replace("{row}", row)), "%" in heading)
+            for heading, _, path in pairs
+        )
+        lines.append([f"`{row}`", *cells])
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     facts = [path.strip() for path in below.split(",") if path.strip()]
     if facts:

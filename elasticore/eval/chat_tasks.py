@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -20,13 +21,14 @@ import numpy as np
 
 from elasticore.eval.corpus import Split, documents
 from elasticore.eval.facts import ADJECTIVES, NOUNS, draw
-from elasticore.eval.tasks import Build, Built, Task, Tokens, encode, weave
+from elasticore.eval.tasks import Build, Built, Sample, Task, Tokens, encode, weave
 from elasticore.eval.texts import Country, countries, speeches
 
-__all__ = ["FAR", "NEAR", "TASKS"]
+__all__ = ["FAR", "NEAR", "TASKS", "as_in_chat"]
 
 NEAR_TOKENS = 180
 FAR_SHARE = 0.8
+LAST_OF_TURN = 3
 ROOM = 240
 """Tokens of the longest question, with the template and its answer."""
 Rng = np.random.Generator
@@ -41,6 +43,31 @@ def _frame(tokenizer: Any) -> tuple[str, str]:
     )
     before, _, after = whole.partition(mark)
     return before, after
+
+
+def as_in_chat(sample: Sample, tokenizer: Any) -> Sample:
+    """The same sample with a prompt as a user's, which ends before the start of the answer.
+
+    The start belongs to the answer then, and does not count.
+
+    Parameters
+    ----------
+    sample
+        Of one of these tasks.
+    tokenizer
+        The one that it was made with.
+
+    Raises
+    ------
+    ValueError
+        If its prompt does not hold what the chat template writes before an answer.
+    """
+    # Tokens of a question and of the template may have grown together: its last line has not.
+    turn = encode(tokenizer, _frame(tokenizer)[1])[-LAST_OF_TURN:]
+    for end in range(sample.start, len(turn) - 1, -1):
+        if np.array_equal(sample.input_ids[end - len(turn) : end], turn):
+            return replace(sample, start=end, given=sample.start - end)
+    raise ValueError(f"sample of task {sample.task!r} has no turn of the chat template.")
 
 
 def _speech(tokenizer: Any, rng: Rng, split: Split, length: int) -> Tokens:

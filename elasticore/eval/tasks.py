@@ -51,6 +51,8 @@ class Sample:
         Whether answering needs tokens far back.
     evidence : tuple of (int, int)
         Token spans of the statements that hold the answer; empty for ``code`` and ``prose``.
+    given : int
+        Tokens at the start of the answer that do not count, as there are other ways to begin it.
     """
 
     task: str
@@ -60,6 +62,7 @@ class Sample:
     answer: str
     sensitive: bool
     evidence: tuple[tuple[int, int], ...] = ()
+    given: int = 0
 
 
 _ENCODED: WeakKeyDictionary[Tokenizer, dict[str, Tokens]] = WeakKeyDictionary()

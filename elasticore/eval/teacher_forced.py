@@ -30,7 +30,7 @@ class Score:
     correct
         Whether every answer token is the model's first choice: what greedy decoding would write.
     accuracy
-        Share of the answer's tokens that are the model's first choice.
+        Share of the answer's tokens, but for given ones, that are the model's first choice.
     loss
         Mean cross-entropy of the answer's tokens, in nats.
     msr, esr, esr_last_query
@@ -101,6 +101,8 @@ def _score_batch(model: Any, samples: list[Sample]) -> list[Score]:
     answers = [sample.input_ids[sample.start :] for sample in samples]
     prompt, mask = _stacked(prompts, device, left=True)
     answer, asked = _stacked(answers, device, left=False)
+    given = torch.tensor([sample.given for sample in samples], device=device)
+    asked &= torch.arange(answer.shape[1], device=device) >= given[:, None]
     padded = {} if bool(mask.all()) else _places(mask)
     with record() as trace:
         first = model(prompt, use_cache=True, logits_to_keep=1, **padded)

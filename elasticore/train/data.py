@@ -68,6 +68,9 @@ class TrainingSample:
         return f"{self.origin or 'a sample'} ({self.task}, {len(self.input_ids)} tokens)"
 
 
+CHAT_STEP = 0.7548776662466927  # another such walk as the tasks', which does not follow it
+
+
 class OfflineTasks(Dataset[TrainingSample]):
     """Samples of tasks that make themselves, such as those of :mod:`elasticore.eval.tasks`.
 
@@ -88,6 +91,9 @@ class OfflineTasks(Dataset[TrainingSample]):
     module
         Name of the module whose ``TASKS`` there are: names with a
         :class:`~elasticore.eval.tasks.Task` each.
+    chat
+        Share of the samples whose prompt ends as a user's does, without the start of the answer
+        (:func:`elasticore.eval.chat_tasks.as_in_chat`; the module must have one).
     """
 
     def __init__(
@@ -99,6 +105,7 @@ class OfflineTasks(Dataset[TrainingSample]):
         seed: int = 0,
         split: Literal["train", "heldout"] = "train",
         module: str = "elasticore.eval.tasks",
+        chat: float = 0.0,
     ) -> None:
         if not isinstance(module, str):
             raise TypeError(f"module must be a str, got {module!r}.")
@@ -122,9 +129,12 @@ class OfflineTasks(Dataset[TrainingSample]):
         check_int("length", length, 1)
         check_int("samples", samples, 1)
         check_int("seed", seed, 0)
+        check_number("chat", chat, 0, 1)
+        if chat and not hasattr(importlib.import_module(module), "as_in_chat"):
+            raise ValueError(f"chat must be 0 for tasks of {module}, which has no as_in_chat.")
         if split not in ("train", "heldout"):
             raise ValueError(f"split must be 'train' or 'heldout', got {split!r}.")
-        self.tokenizer, self.module = tokenizer, module
+        self.tokenizer, self.module, self.chat = tokenizer, module, chat
         self.length, self.samples, self.seed, self.split = length, samples, seed, split
         self._tasks = list(tasks)
         total = sum(tasks.values())
@@ -144,11 +154,14 @@ class OfflineTasks(Dataset[TrainingSample]):
             min(int(np.searchsorted(self._edges, point, "right")), len(self._tasks) - 1)
         ]
         seed = self.seed * 1_000_003 + index
-        known = importlib.import_module(self.module).TASKS  # tasks themselves cannot be pickled
-        sample = make_sample(task, self.tokenizer, self.length, seed, self.split, known)
+        module: Any = importlib.import_module(self.module)  # tasks themselves cannot be pickled
+        sample = make_sample(task, self.tokenizer, self.length, seed, self.split, module.TASKS)
+        if (index * CHAT_STEP) % 1.0 < self.chat:
+            sample = module.as_in_chat(sample, self.tokenizer)
         ids = torch.as_tensor(np.asarray(sample.input_ids), dtype=torch.int64)
         labels = torch.full_like(ids, IGNORED)
-        labels[sample.start : sample.stop] = ids[sample.start : sample.stop]
+        asked = slice(sample.start + sample.given, sample.stop)
+        labels[asked] = ids[asked]
         origin = f"offline {self.split} sample {index}"
         return TrainingSample(ids, labels, task, origin, sample.start)
 

@@ -48,6 +48,7 @@ LEVERS: dict[str, tuple[str, ...]] = {
     "target-.4": _target(0.4),
     "target-.6": _target(0.6),
     "longer": ("max_steps=400",),
+    "chat": ("data.chat=0.5",),
     "paper": ("elastic.policy.boundary=100", "calibration=0", "temperature={name: cosine}"),
 }
 """Changes of the recipe, as ``elasticore train --set`` takes them, by what they are called."""

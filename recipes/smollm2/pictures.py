@@ -1,4 +1,4 @@
-"""Which tasks keep their score without the far text, as a picture.
+"""Which tasks keep their score without the far text, and what pooled keys tell, as pictures.
 
 python -m recipes.smollm2.pictures       # from benchmarks/results to docs/images
 """
@@ -46,6 +46,36 @@ def retention_picture(found: dict[str, Any], path: Path) -> Path:
     return save(figure, path, 140)
 
 
+def ends_picture(found: dict[str, Any], path: Path) -> Path:
+    """How well prompts are told apart, by layer and by what is pooled: all tasks, and same words.
+
+    Parameters
+    ----------
+    found
+        By layer, as :mod:`recipes.smollm2.ends` writes it.
+    path
+        Where it goes.
+    """
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(7.5, 3.4), sharey=True, layout="constrained")
+    image = None
+    for one, (which, title) in zip(
+        axes, (("all", "all tasks"), ("same words", "asked in the same words")), strict=True
+    ):
+        boundaries = list(next(iter(found.values()))[which])
+        table = [[row[which][boundary] for row in found.values()] for boundary in boundaries]
+        image = one.imshow(table, aspect="auto", vmin=0.5, vmax=1, cmap="cividis")
+        one.set_title(title, fontsize=10)
+        one.set_xlabel("layer")
+        one.set_yticks(range(len(boundaries)), boundaries)
+    axes[0].set_ylabel("tokens pooled at each end")
+    figure.colorbar(image, ax=axes, label="pairs ranked rightly (.5: a guess)")
+    return save(figure, path, 140)
+
+
 if __name__ == "__main__":
-    results = json.loads(Path("benchmarks/results/smollm2-retention.json").read_text("utf-8"))
-    print(retention_picture(results["lengths"]["4096"], Path("docs/images/smollm2-retention.png")))
+    results, images = Path("benchmarks/results"), Path("docs/images")
+    retention = json.loads((results / "smollm2-retention.json").read_text("utf-8"))
+    print(retention_picture(retention["lengths"]["4096"], images / "smollm2-retention.png"))
+    ends = json.loads((results / "smollm2-ends.json").read_text("utf-8"))
+    print(ends_picture(ends["layers"], images / "smollm2-ends.png"))

@@ -8,6 +8,7 @@ kept in ``--runs``; a command that was stopped goes on when it is given again.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -181,6 +182,11 @@ class Study:
                     yield Record(BY_LAYER, run.seed, MAIN, length, self._score(cut, length))
         for run in routers:
             yield from self._controls(run, own[run.seed])
+        if hasattr(importlib.import_module(self.scorer.module), "as_in_chat"):
+            chat, group = self.scorer.in_chat(), f"{MAIN} in a chat"
+            for run in routers:
+                figures = chat.score(self._router(run), main, size.samples, self.tasks)
+                yield Record(group, run.seed, group, main, figures)
         for text in size.methods:
             free = Method.parse(text)
             yield Record(free.name, 0, free.name, main, self._score(free, main))
@@ -325,7 +331,12 @@ def summary(records: Sequence[Record], sensitive: Sequence[str]) -> list[dict[st
             means = [100 * fmean(fmean(r.figures[t]["each"]) for t in among) for r in own]
             row[kind] = round(fmean(means), 2)
             row[f"{kind}_spread"] = round(float(np.std(means)), 2)
+            full = [r for r in records if (r.group, r.length) == ("full", length)]
+            if full:
+                most = 100 * fmean(fmean(full[0].figures[t]["each"]) for t in among)
+                row[f"{kind}_of_full"] = round(100 * fmean(means) / most, 1) if most else None
             row[f"msr_{kind}"] = round(fmean(r.figures[t]["msr"] for r in own for t in among), 4)
+        row["gap"] = round(row["msr_robust"] - row["msr_sensitive"], 4)
         row["msr"] = round(fmean(mean_msr(r.figures) for r in own), 4)
         row["esr"] = round(fmean(r.figures[t]["esr"] for r in own for t in tasks), 4)
         routers = [r for r in records if (r.group, r.length) == (beside, length)]
@@ -338,6 +349,14 @@ def summary(records: Sequence[Record], sensitive: Sequence[str]) -> list[dict[st
                 row["error"][kind] = round(100 * sum(squares) ** 0.5 / len(gaps), 2)
         rows.append(row)
     return rows
+
+
+def _label(row: dict[str, Any], length: int) -> str:
+    """Of a row among all: its group, and what it has instead of the main share and length."""
+    label = str(row["group"])
+    if row["beside"] not in (label, MAIN):
+        label += f", {row['beside']}"
+    return label if row["length"] == length else f"{label}, {row['length']:,} tokens"
 
 
 def _gaps(routers: Sequence[Record], own: Sequence[Record], task: str) -> Any:
@@ -405,7 +424,7 @@ def run(
         "settings": {**asdict(size), "config": str(config), "changes": list(change or ())},
         "sensitive": study.sensitive,
         "failed": [failure._asdict() for failure in trainings.failures],
-        "rows": rows,
+        "rows": {_label(row, length): row for row in rows},
         "seconds": {one.name: trainings.seconds(one) for one in trained},
         "tasks": [
             {

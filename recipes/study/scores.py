@@ -204,7 +204,7 @@ class Scorer:
         self.weights = ec.fingerprint(self.model)["weights"]
         self.shape = self.model.config.num_hidden_layers, self.model.config.num_key_value_heads
         self.backbone, self.module, self.workers = backbone, module, workers
-        self.split, self.first = split, first
+        self.split, self.first, self.chat = split, first, False
         self.tasks: Mapping[str, Task] = importlib.import_module(module).TASKS
         self._samples: dict[tuple[str, int], list[Sample]] = {}
 
@@ -213,6 +213,13 @@ class Scorer:
         other = copy.copy(self)
         other.split, other.first, other._samples = split, first, {}
         other.folder = self.folder and self.folder / split
+        return other
+
+    def in_chat(self) -> Scorer:
+        """The same samples, with prompts that end before the start of the answer."""
+        other = copy.copy(self)
+        other.chat, other._samples = True, {}
+        other.folder = self.folder and self.folder / "chat"
         return other
 
     def samples(self, task: str, length: int, count: int) -> list[Sample]:
@@ -226,7 +233,7 @@ class Scorer:
         for task in tasks:
             there = self._samples.setdefault((task, length), [])
             jobs += [(task, self.first + index) for index in range(len(there), count)]
-        make = partial(_sample, self.backbone, self.module, length, self.split)
+        make = partial(_sample, self.backbone, self.module, length, self.split, self.chat)
         if self.workers and jobs:
             # Spawned, as this process may hold a GPU.
             with multiprocessing.get_context("spawn").Pool(self.workers) as pool:
@@ -255,6 +262,8 @@ class Scorer:
             "dtype": self.dtype,
             "text": f"standard library of Python {platform.python_version()}",
         }
+        if self.chat:
+            about["prompts"] = "end before the start of the answer"
         if (self.split, self.first) != ("heldout", 0):
             about["of"] = [self.split, self.first]
         file = self.folder and self.folder / f"{way.name}-{length}.json"
@@ -346,9 +355,13 @@ def _tokenizer(backbone: str) -> Any:
     return load_tokenizer(backbone)
 
 
-def _sample(backbone: str, module: str, length: int, split: Split, job: tuple[str, int]) -> Sample:
-    tasks = importlib.import_module(module).TASKS
-    return make_sample(job[0], _tokenizer(backbone), length, job[1], split, tasks)
+def _sample(
+    backbone: str, module: str, length: int, split: Split, chat: bool, job: tuple[str, int]
+) -> Sample:
+    known: Any = importlib.import_module(module)
+    tokenizer = _tokenizer(backbone)
+    sample = make_sample(job[0], tokenizer, length, job[1], split, known.TASKS)
+    return known.as_in_chat(sample, tokenizer) if chat else sample
 
 
 def mean_msr(figures: Figures) -> float:

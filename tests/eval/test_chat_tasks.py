@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from elasticore.eval import chat_tasks as tasks
 from elasticore.eval import texts
 from elasticore.eval.chat_tasks import FAR, FAR_SHARE, NEAR, NEAR_TOKENS, ROOM, TASKS
 from elasticore.eval.tasks import make_sample
+from elasticore.train.data import OfflineTasks
 from tests.variants import LLAMA, variant
 
 LENGTH = 1500
@@ -91,3 +94,31 @@ def test_splits_share_no_text_key_or_value(tokenizer: Any) -> None:
 def test_what_is_too_short_is_said(tokenizer: Any) -> None:
     with pytest.raises(ValueError, match="length=200 is too short for this task; use at least"):
         make_sample("needle", tokenizer, 200, 0, tasks=TASKS)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_in_a_chat_the_prompt_ends_with_the_turn_and_the_start_does_not_count(
+    tokenizer: Any, task: str
+) -> None:
+    sample = make_sample(task, tokenizer, LENGTH, 1, tasks=TASKS)
+    asked = tasks.as_in_chat(sample, tokenizer)
+    assert np.array_equal(asked.input_ids, sample.input_ids)
+    assert asked.start + asked.given == sample.start and asked.given > 0
+    prompt = tokenizer.decode(asked.input_ids[: asked.start].tolist())
+    assert prompt.endswith(tokenizer.decode(tasks.encode(tokenizer, tasks._frame(tokenizer)[1])))
+    with pytest.raises(ValueError, match="has no turn of the chat template"):
+        tasks.as_in_chat(replace(sample, start=9), tokenizer)
+
+
+def test_training_on_prompts_of_a_chat_learns_the_same_tokens(tokenizer: Any) -> None:
+    module = "elasticore.eval.chat_tasks"
+    settings = ({"needle": 1.0, "near-needle": 1.0}, LENGTH, 12)
+    given, asked = (OfflineTasks(tokenizer, *settings, module=module, chat=c) for c in (0, 0.5))
+    shorter = 0
+    for one, other in zip(given, asked, strict=True):
+        assert torch.equal(one.input_ids, other.input_ids)
+        assert torch.equal(one.labels, other.labels)
+        shorter += other.prompt < one.prompt
+    assert 4 <= shorter <= 8
+    with pytest.raises(ValueError, match=r"chat must be 0 for tasks of elasticore\.eval\.tasks"):
+        OfflineTasks(tokenizer, {"needle": 1.0}, LENGTH, 1, chat=0.5)

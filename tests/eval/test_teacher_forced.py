@@ -68,6 +68,15 @@ def test_batches_and_order_change_nothing(model: LlamaForCausalLM, elastic: bool
         assert a.loss == pytest.approx(b.loss, rel=1e-4)
 
 
+def test_what_is_given_of_an_answer_does_not_count(model: LlamaForCausalLM) -> None:
+    right = sample(model, 4, True)
+    cut = replace(right, start=right.start - 3, given=3)
+    alone, with_given = score(model, [right])[0], score(model, [right, cut], batch_size=2)[1]
+    assert (with_given.correct, with_given.accuracy) == (alone.correct, alone.accuracy)
+    assert with_given.loss == pytest.approx(alone.loss, rel=1e-5)
+    assert not score(model, [replace(cut, given=0)])[0].correct  # random tokens
+
+
 def test_loss_is_the_cross_entropy_of_the_answer(model: LlamaForCausalLM) -> None:
     one = sample(model, 3, False)
     ids = torch.as_tensor(one.input_ids)[None]
