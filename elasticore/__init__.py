@@ -20,7 +20,7 @@ _EXPORTS = {
         "straight_through",
     ),
     "elasticore.backends.registry": ("list_backends", "register_backend"),
-    "elasticore.call": ("hybrid_head_attention",),
+    "elasticore.call": ("hybrid_head_attention", "paged_attention"),
     "elasticore.choice": ("current_backend", "use_backend"),
     "elasticore.errors": (
         "ElasticoreError",
@@ -43,6 +43,7 @@ _EXPORTS = {
     "elasticore.models.families": ("FAMILIES", "Family"),
     "elasticore.models.fingerprint": ("fingerprint",),
     "elasticore.models.recording": ("PassRecord", "Trace", "record"),
+    "elasticore.pages": ("Pages",),
     "elasticore.patterns": (
         "BlockLists",
         "BlockSelector",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from elasticore.errors import UnsupportedRequest
 from elasticore.layout import SequenceLayout
+from elasticore.pages import Pages
 from elasticore.patterns import HeadMode
 from elasticore.plan import HeadPlan
 
@@ -71,6 +72,27 @@ class AttentionRequest:
             plan.lanes,
             plan.block_size,
             wants_gradients(q, k, v, plan),
+        )
+
+    @classmethod
+    def of_pages(
+        cls, q: Tensor, pages: Pages, plan: HeadPlan, layout: SequenceLayout
+    ) -> AttentionRequest:
+        """The request that a call over pages makes; it has no gradients."""
+        batch, heads, queries, dim = q.shape
+        return cls(
+            q.device,
+            q.dtype,
+            dim,
+            heads,
+            pages.keys.shape[1],
+            queries,
+            pages.capacity,
+            layout.sequences(batch),
+            layout.kind,
+            plan.lanes,
+            plan.block_size,
+            False,
         )
 
 
@@ -149,6 +171,36 @@ class HybridHeadAttention(ABC):
             ``plan.gate``, its gradient is that of
             ``(1 - gate) * O_retrieval + gate * O_sparse``.
         """
+
+    def supports_pages(self, request: AttentionRequest) -> Verdict:
+        """Whether this backend can do ``request`` on keys and values in pages.
+
+        ``request.keys`` is what pages have room for, and its ``layout`` that of the queries.
+        """
+        return Verdict(False, "it reads no pages.")
+
+    def attend_pages(
+        self, q: Tensor, pages: Pages, plan: HeadPlan, *, layout: SequenceLayout, scale: float
+    ) -> Tensor:
+        """As :meth:`attend`, over keys and values in pages.
+
+        Parameters
+        ----------
+        q
+            ``[B, Hq, Tq, D]``: the last positions of each sequence.
+        pages
+            Where keys and values are, those of the queries included.
+        plan, scale
+            As for :meth:`attend`; lanes are FULL and STREAMING.
+        layout
+            Of the queries: dense, or packed.
+
+        Returns
+        -------
+        Tensor
+            ``[B, Hq, Tq, D]`` in q's dtype, without a gradient.
+        """
+        raise NotImplementedError
 
 
 def require(verdict: Verdict, name: str) -> None:

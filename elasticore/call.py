@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from elasticore.choice import run
+from elasticore.choice import run, run_paged
 from elasticore.layout import SequenceLayout
+from elasticore.pages import Pages
 from elasticore.plan import HeadPlan
 from elasticore.preconditions import check_call
 
-__all__ = ["hybrid_head_attention"]
+__all__ = ["hybrid_head_attention", "paged_attention"]
 
 
 def hybrid_head_attention(
@@ -62,3 +63,56 @@ def hybrid_head_attention(
 
         return traced(q, k, v, plan, *check_call(q, k, v, plan, layout, scale), backend)
     return run(q, k, v, plan, layout, scale, backend)
+
+
+@torch.no_grad()
+def paged_attention(
+    q: Tensor,
+    pages: Pages,
+    plan: HeadPlan,
+    *,
+    layout: SequenceLayout | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention over keys and values in pages, each head in its mode; without gradients.
+
+    Parameters
+    ----------
+    q
+        ``[B, Hq, Tq, D]``: the last positions of each sequence, whose keys are in the pages.
+    pages
+        Where keys and values are.
+    plan
+        What every head reads: everything, or a sink and a window.
+    layout
+        Of the queries: None for a row per sequence, or a packed one.
+    scale
+        Factor on q·k; None means ``1 / sqrt(D)``.
+    backend
+        A backend's name for this call; None means the one of :func:`elasticore.use_backend`.
+
+    Returns
+    -------
+    Tensor
+        ``[B, Hq, Tq, D]`` in q's dtype.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is wrong.
+    UnsupportedRequest
+        If the backend cannot do this call, or none can.
+
+    Examples
+    --------
+    >>> import torch, elasticore
+    >>> pool = torch.randn(4, 16, 2 * 64)  # 4 pages of 16 tokens, keys beside values
+    >>> keys, values = pool[:, None].expand(-1, 2, -1, -1).chunk(2, -1)
+    >>> table = torch.tensor([[[2, 0], [3, 1]]], dtype=torch.int32)  # two heads, two pages each
+    >>> pages = elasticore.Pages(keys, values, table, torch.tensor([20]))
+    >>> plan = elasticore.HeadPlan(torch.tensor([[0, 0]], dtype=torch.int8))
+    >>> elasticore.paged_attention(torch.randn(1, 8, 1, 64), pages, plan).shape
+    torch.Size([1, 8, 1, 64])
+    """
+    return run_paged(q, pages, plan, layout, scale, backend)

@@ -18,10 +18,11 @@ from elasticore.backends import costs, registry
 from elasticore.backends.registry import AUTO, BACKENDS
 from elasticore.errors import UnknownBackend, UnsupportedRequest
 from elasticore.layout import SequenceLayout
+from elasticore.pages import Pages
 from elasticore.plan import HeadPlan
-from elasticore.preconditions import check_call
+from elasticore.preconditions import check_call, check_paged
 
-__all__ = ["Choice", "choose", "current_backend", "run", "use_backend", "using_engine"]
+__all__ = ["Choice", "choose", "current_backend", "run", "run_paged", "use_backend", "using_engine"]
 
 REMEMBERED = 4096
 """Requests whose choice ``auto`` remembers; a decoding step is a new one, as its keys grow."""
@@ -210,6 +211,38 @@ def run(
         return engine.attend(q, k, v, plan, layout=layout, scale=scale)
 
 
+def run_paged(
+    q: Tensor,
+    pages: Pages,
+    plan: HeadPlan,
+    layout: SequenceLayout | None,
+    scale: float | None,
+    backend: str | None,
+) -> Tensor:
+    """Check a call over pages and run it; see :func:`~elasticore.paged_attention`.
+
+    ``"auto"`` takes the first backend in the default order that can do it.
+    """
+    layout, scale = check_paged(q, pages, plan, layout, scale)
+    request = AttentionRequest.of_pages(q, pages, plan, layout)
+    name = current_backend() if backend is None else backend
+    if name == AUTO:
+        refusals = []
+        for name in BACKENDS.names():
+            verdict = _fits(name, request, paged=True)
+            if verdict.ok:
+                break
+            refusals.append(f"{name}: {verdict.reason}")
+        else:
+            raise UnsupportedRequest("no backend can do this call: " + "; ".join(refusals))
+    elif name not in registry.instances:
+        _check_usable(name)
+    engine = registry.instance(name)
+    require(Verdict(*engine.supports_pages(request)), name)
+    with torch.autocast(q.device.type, enabled=False):
+        return engine.attend_pages(q, pages, plan, layout=layout, scale=scale)
+
+
 def _key(
     q: Tensor,
     k: Tensor,
@@ -296,7 +329,7 @@ def _choose(request: AttentionRequest) -> Choice:
     return choice
 
 
-def _fits(name: str, request: AttentionRequest) -> Verdict:
+def _fits(name: str, request: AttentionRequest, paged: bool = False) -> Verdict:
     """Whether a backend is available, made for the request's device, and supports it."""
     if (refused := registry.unavailable(name)) is not None:
         return refused
@@ -305,7 +338,8 @@ def _fits(name: str, request: AttentionRequest) -> Verdict:
         if request.device.type not in backend.devices:
             # It may still run there when named: Triton's interpreter on a CPU, for one.
             return Verdict(False, f"it is not made for {request.device.type} tensors.")
-        return Verdict(*backend.supports(request))
+        ask = backend.supports_pages if paged else backend.supports
+        return Verdict(*ask(request))
     except Exception as error:
         if name in BACKENDS.built_in:
             raise

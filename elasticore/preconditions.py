@@ -7,9 +7,10 @@ import math
 from torch import Tensor
 
 from elasticore.layout import SequenceLayout
+from elasticore.pages import Pages
 from elasticore.plan import HeadPlan
 
-__all__ = ["check_call"]
+__all__ = ["check_call", "check_paged"]
 
 
 def check_call(
@@ -50,13 +51,63 @@ def check_call(
             f"plan.decisions must be [sequences, kv_heads] = {list(expected)} for this call, got "
             f"{list(decisions.shape)}."
         )
+    return layout, _scale(scale, dim)
+
+
+def check_paged(
+    q: Tensor,
+    pages: Pages,
+    plan: HeadPlan,
+    layout: SequenceLayout | None,
+    scale: float | None,
+) -> tuple[SequenceLayout, float]:
+    """As :func:`check_call`, for keys and values in pages."""
+    if not isinstance(q, Tensor) or q.ndim != 4 or 0 in q.shape or not q.dtype.is_floating_point:
+        got = f"{q.dtype} {list(q.shape)}" if isinstance(q, Tensor) else repr(q)
+        raise ValueError(
+            f"q must be a float tensor [batch, heads, positions, head_dim], got {got}."
+        )
+    if q.shape[3] > 1 and q.stride(3) != 1:
+        raise ValueError(
+            f"q must be contiguous along head_dim (stride 1), got strides {q.stride()}; use "
+            "q.contiguous()."
+        )
+    for name, value, kind in (("pages", pages, Pages), ("plan", plan, HeadPlan)):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} must be {kind.__name__}, got {type(value).__name__}.")
+    if layout is None:
+        layout = SequenceLayout.dense()
+    elif not isinstance(layout, SequenceLayout):
+        raise TypeError(f"layout must be a SequenceLayout or None, got {layout!r}.")
+    _, kv_heads, _, dim = pages.keys.shape
+    if (pages.keys.dtype, pages.keys.device) != (q.dtype, q.device):
+        raise ValueError(
+            f"pages hold {pages.keys.dtype} on {pages.keys.device} but q is {q.dtype} on "
+            f"{q.device}; use one dtype and one device."
+        )
+    if q.shape[3] != dim or q.shape[1] % kv_heads:
+        raise ValueError(
+            f"q must have head_dim {dim} and a multiple of {kv_heads} heads, as pages have, got "
+            f"{list(q.shape)}."
+        )
+    pages.segments(q, layout)
+    decisions = plan.decisions
+    if decisions.device != q.device or decisions.shape != pages.table.shape[:2]:
+        raise ValueError(
+            f"plan.decisions must be [sequences, kv_heads] = {list(pages.table.shape[:2])} on "
+            f"{q.device}, got {list(decisions.shape)} on {decisions.device}."
+        )
+    return layout, _scale(scale, dim)
+
+
+def _scale(scale: float | None, dim: int) -> float:
     if scale is None:
-        scale = 1 / math.sqrt(dim)
-    elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        return 1 / math.sqrt(dim)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a float or None, got {scale!r}.")
-    elif not math.isfinite(scale):
+    if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}.")
-    return layout, float(scale)
+    return float(scale)
 
 
 def _check_forms(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -19,7 +19,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("backends",),
     ("attention",),
     ("plan",),
-    ("patterns",),
+    ("patterns", "pages"),
     ("layout",),
     ("errors", "checks", "machine", "memo", "registry", "assets"),
 )

@@ -427,7 +427,8 @@ def test_check_backend_counts_what_passed() -> None:
         "gradients": 4,
         "same alone": 4,
         "repeatable": 4,
-        "unsupported": 0,
+        "pages": 0,
+        "unsupported": 2,  # it reads no pages
     }
     assert seen == list(TINY)
 
@@ -446,7 +447,8 @@ def test_check_backend_counts_what_is_not_supported() -> None:
         "gradients": 0,
         "same alone": 4,
         "repeatable": 4,
-        "unsupported": 16 + 4,
+        "pages": 0,
+        "unsupported": 16 + 4 + 4,
     }
     with pytest.raises(UnsupportedRequest, match="inference only"):
         testing.check_gradients("toy", TINY[0])

@@ -27,6 +27,7 @@ from elasticore.attention import (
     straight_through,
 )
 from elasticore.layout import SequenceLayout
+from elasticore.pages import Pages
 from elasticore.patterns import BlockLists, HeadMode
 from elasticore.plan import HeadPlan
 
@@ -75,6 +76,41 @@ class SerialAttention(HybridHeadAttention):
         with torch.no_grad():
             other = _dispatch(q, k, v, plan.swapped(), layout, scale)
         return straight_through(plan.gate, out, other, layout, k.shape[2])
+
+    def supports_pages(self, request: AttentionRequest) -> Verdict:
+        """As :meth:`supports`, without heads that select blocks."""
+        if HeadMode.SELECTED in request.lanes:
+            return Verdict(False, "heads that select blocks read no pages.")
+        return self.supports(request)
+
+    def attend_pages(
+        self, q: Tensor, pages: Pages, plan: HeadPlan, *, layout: SequenceLayout, scale: float
+    ) -> Tensor:
+        """See :meth:`HybridHeadAttention.attend_pages`; one head after the other."""
+        out = torch.zeros_like(q)
+        group, modes = q.shape[1] // pages.keys.shape[1], plan.modes.tolist()
+        sink, local = plan.streaming.blocks(plan.block_size)
+        segments = torch.stack(pages.segments(q, layout), 1).tolist()
+        for index, (row, start, queries, _, keys) in enumerate(segments):
+            if queries == 0:
+                continue
+            first = ((keys - queries) // plan.block_size - local + 1) * plan.block_size
+            for head, mode in enumerate(modes[index]):
+                position = torch.arange(keys, device=q.device)
+                if mode == HeadMode.STREAMING:  # other pages may be gone
+                    position = position[(position < sink * plan.block_size) | (position >= first)]
+                page = pages.table[index, head, position // pages.page_size].long()
+                k, v = (
+                    x.new_zeros(1, keys, x.shape[3]).index_copy(
+                        1, position, x[page, head, position % pages.page_size][None]
+                    )
+                    for x in (pages.keys, pages.values)
+                )
+                own = slice(head * group, (head + 1) * group)
+                part = q[row, own, start : start + queries][None]
+                found = _sequence(part, k, v, [mode], plan, None, scale)
+                out[row, own, start : start + queries] = found[0]
+        return out
 
 
 def _dispatch(

@@ -20,9 +20,11 @@ from elasticore.testing.checks import (
     check_checkpointing,
     check_gradients,
     check_output,
+    check_pages,
     check_repeatable,
     check_same_alone,
 )
+from elasticore.testing.paging import paged, run_paged
 from elasticore.testing.problems import Problem, ScatteredBlocks, make_problem
 from elasticore.testing.reference import attended, dense_attention
 from elasticore.testing.structured import PlantedBlocks, planted_blocks
@@ -37,10 +39,13 @@ __all__ = [
     "check_checkpointing",
     "check_gradients",
     "check_output",
+    "check_pages",
     "check_repeatable",
     "check_same_alone",
     "dense_attention",
     "make_problem",
     "matrix",
+    "paged",
     "planted_blocks",
+    "run_paged",
 ]

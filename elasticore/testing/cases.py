@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 from elasticore.patterns import HeadMode, Streaming
 
-__all__ = ["Case", "PAIRS", "PRESETS", "SHORT", "matrix"]
+__all__ = ["Case", "PAGED", "PAIRS", "PRESETS", "SHORT", "matrix"]
 
 LAYOUTS = ("dense", "left", "right", "packed")
+PAGED = ("dense", "packed")
+"""Layouts of sequences whose keys and values are in pages."""
 GROUPS = (1, 4, 7, 8)
 HEAD_DIMS = (32, 64, 128)
 LENGTHS = (1, 127, 128, 129, 2047, 2048, 2049, 2175, 2176, 2177)

@@ -16,7 +16,8 @@ from elasticore.choice import choose
 from elasticore.errors import UnsupportedRequest
 from elasticore.layout import SequenceLayout
 from elasticore.patterns import HeadMode
-from elasticore.testing.cases import PAIRS, Case, matrix
+from elasticore.testing.cases import PAGED, PAIRS, Case, matrix
+from elasticore.testing.paging import paged, run_paged
 from elasticore.testing.problems import Problem, make_problem
 from elasticore.testing.reference import dense_attention
 
@@ -25,6 +26,7 @@ __all__ = [
     "check_checkpointing",
     "check_gradients",
     "check_output",
+    "check_pages",
     "check_repeatable",
     "check_same_alone",
 ]
@@ -102,6 +104,32 @@ def check_gradients(
     for name, mine, exact, same in zip(("q", "k", "v"), ours, reference, plain, strict=True):
         _compare(f"gradient of {name}", mine, exact, same, 3, case)
     _compare_gate(problem, gate, exact_gate, case)
+
+
+def check_pages(
+    backend: str,
+    case: Case,
+    *,
+    lanes: Lanes | None = None,
+    dtype: torch.dtype = torch.float64,
+    device: str | torch.device = "cpu",
+) -> None:
+    """Over pages, the output is the dense float64 one too, wherever they lie.
+
+    ``case`` is one of a layout in ``PAGED``; ``lanes`` are a full and a streaming one.
+
+    Raises
+    ------
+    UnsupportedRequest
+        If the backend reads no pages, or not those of this case.
+    """
+    pair = PAIRS[0] if lanes is None else lanes
+    problem = make_problem(case, dtype=dtype, device=device, lanes=pair)
+    reference = dense_attention(problem)
+    plain = reference if dtype is torch.float64 else dense_attention(problem, dtype)
+    for by_head, page_size in ((True, problem.plan.block_size), (False, 16)):
+        pages = paged(problem, page_size, by_head=by_head)
+        _compare("output over pages", run_paged(problem, pages, backend), reference, plain, 2, case)
 
 
 def check_same_alone(
@@ -225,7 +253,8 @@ def check_backend(
     AssertionError
         At the first check that fails, or if the backend supported none of them.
     """
-    counts = {"output": 0, "gradients": 0, "same alone": 0, "repeatable": 0, "unsupported": 0}
+    kinds = ("output", "gradients", "same alone", "repeatable", "pages", "unsupported")
+    counts = dict.fromkeys(kinds, 0)
     for index, case in enumerate(progress(matrix(full))):
         rotated = PAIRS[index % len(PAIRS)]
         for dtype in dtypes:
@@ -235,6 +264,8 @@ def check_backend(
                 "same alone": partial(check_same_alone, lanes=rotated),
                 "repeatable": partial(check_repeatable, lanes=rotated),
             }
+            if case.layout in PAGED:
+                checks["pages"] = check_pages
             for kind, check in checks.items():
                 try:
                     check(backend, case, dtype=dtype, device=device)

@@ -20,11 +20,12 @@ import torch.multiprocessing
 
 from elasticore.errors import UnsupportedRequest
 from elasticore.patterns import HeadMode
-from elasticore.testing.cases import PAIRS, Case, matrix
+from elasticore.testing.cases import PAGED, PAIRS, Case, matrix
 from elasticore.testing.checks import (
     check_checkpointing,
     check_gradients,
     check_output,
+    check_pages,
     check_repeatable,
     check_same_alone,
 )
@@ -36,6 +37,7 @@ CHECKS: dict[str, Callable[..., None]] = {
     "output": check_output,
     "same alone": check_same_alone,
     "repeatable": check_repeatable,
+    "pages": check_pages,
     "gradients": check_gradients,
     "repeatable gradients": partial(check_repeatable, gradients=True),
     "checkpointing": check_checkpointing,
@@ -118,6 +120,8 @@ def all_jobs(
                 every = check in ("output", "gradients")
                 pairs = PAIRS if every else PAIRS[index % len(PAIRS) :][:1]
                 jobs += [Job(check, case, dtype, lanes) for lanes in pairs]
+            if case.layout in PAGED:
+                jobs.append(Job("pages", case, dtype, PAIRS[0]))
     random.Random(seed).shuffle(jobs)
     return jobs
 

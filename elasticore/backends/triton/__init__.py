@@ -20,7 +20,9 @@ from elasticore.attention import (
     Verdict,
     wants_gradients,
 )
+from elasticore.backends.triton.arguments import DECODE_ROWS
 from elasticore.layout import SequenceLayout
+from elasticore.pages import Pages
 from elasticore.patterns import HeadMode
 from elasticore.plan import HeadPlan
 
@@ -116,6 +118,42 @@ class TritonAttention(HybridHeadAttention):
             sink=sink,
             local=local,
             block_size=plan.block_size,
+        )
+        return out
+
+    def supports_pages(self, request: AttentionRequest) -> Verdict:
+        """As :meth:`supports`, without heads that select blocks, and for few queries."""
+        if HeadMode.SELECTED in request.lanes:
+            return Verdict(False, "heads that select blocks read no pages.")
+        rows = request.queries * request.query_heads // request.kv_heads
+        if rows > DECODE_ROWS:
+            return Verdict(
+                False, f"it reads pages for up to {DECODE_ROWS} rows of queries, not {rows}."
+            )
+        return self.supports(request)
+
+    def attend_pages(
+        self, q: Tensor, pages: Pages, plan: HeadPlan, *, layout: SequenceLayout, scale: float
+    ) -> Tensor:
+        """See :meth:`HybridHeadAttention.attend_pages`."""
+        from elasticore.backends.triton import decode
+
+        if q.is_cuda and q.device.index != torch.cuda.current_device():
+            with torch.cuda.device(q.device):
+                return self.attend_pages(q, pages, plan, layout=layout, scale=scale)
+        sink, local = plan.streaming.blocks(plan.block_size)
+        out, _ = decode.attention(
+            q,
+            pages.keys,
+            pages.values,
+            plan.modes,
+            pages.segments(q, layout),
+            None,
+            scale=scale,
+            sink=sink,
+            local=local,
+            block_size=plan.block_size,
+            table=pages.table,
         )
         return out
 

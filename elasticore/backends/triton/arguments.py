@@ -11,6 +11,7 @@ from elasticore.layout import Segments
 from elasticore.patterns import BlockLists
 
 __all__ = [
+    "DECODE_ROWS",
     "LARGE",
     "capability",
     "listing",
@@ -20,6 +21,8 @@ __all__ = [
     "positive_scale",
 ]
 
+DECODE_ROWS = 128
+"""Queries times query heads of a group up to which the decode kernel runs a call."""
 LARGE = (9, 10, 11)
 """Major compute capabilities with 227 KiB of shared memory and warpgroup instructions or newer."""
 

@@ -60,6 +60,7 @@ def attention(
     max_queries: int | None = None,
     split: int | None = None,
     tile: Tile | None = None,
+    table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of every head in its mode, for up to 16 queries per sequence.
 
@@ -91,6 +92,10 @@ def attention(
     split, tile
         Keys per program and how it works; None means what suits the sizes and the GPU. A sequence's
         last bits depend on them.
+    table
+        Where ``k`` and ``v`` are in pages, ``[pages, Hkv, page, D]``: int32
+        ``[sequences, Hkv, blocks]``, see :class:`elasticore.Pages`. ``segments`` gives the lengths,
+        and no start of keys counts.
 
     Returns
     -------
@@ -107,16 +112,20 @@ def attention(
     batch, query_heads, queries, dim = q.shape
     kv_heads, keys = k.shape[1:3]
     sequences = modes.shape[0]
+    total = batch * keys
+    if table is not None:
+        keys = table.shape[2] * k.shape[2]
+        total = sequences * keys
     group = query_heads // kv_heads
     rows = group * (queries if max_queries is None else min(max_queries, queries))
     gpu = _gpu(q.device)
     if split is None:
-        split = _keys_per_split(batch * kv_heads * keys, rows, gpu.processors)
+        split = _keys_per_split(kv_heads * total, rows, gpu.processors)
     if tile is None:
         tile = _tile(rows, dim, q.element_size(), gpu.shared_memory)
 
     # Sequences of n1, n2, ... keys have sum(ceil(n / split)) splits, which is at most this.
-    items = kv_heads * ((batch * keys + sequences * (split - 1)) // split)
+    items = kv_heads * ((total + sequences * (split - 1)) // split)
     single = keys <= split
     chosen, chosen_strides = None, [0, 0, 0]
     if lists is not None:
@@ -131,6 +140,11 @@ def attention(
 
     modes = modes.contiguous()
     heads = sequences * kv_heads
+    page, table_strides = 1, (0, 0)
+    if table is not None:
+        page = k.shape[2]
+        table = table if table.stride(2) == 1 else table.contiguous()
+        table_strides = (table.stride(0), table.stride(1))
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *chosen_strides)
     reads = (sink * block_size, local * block_size, split)
     padded_dim = next_power_of_two(dim)
@@ -145,15 +159,16 @@ def attention(
     key = (
         *(q.device, q.dtype, segments is None, lists is None, single, shape, tile),
         *(aligned(q, k, v), integers(*strides, *out.stride()[:3], *reads)),
+        *(table is None, page),
     )
     launch(
         _attend,
         (items * -(-rows // tile.rows),),
         (
-            *(q, k, v, modes, *where, chosen, out, lse, partial_out, partial_lse),
-            *(*strides, *out.stride()[:3], scale * math.log2(math.e)),
+            *(q, k, v, modes, *where, chosen, table, out, lse, partial_out, partial_lse),
+            *(*strides, *table_strides, *out.stride()[:3], scale * math.log2(math.e)),
             *(heads, items, queries, keys, *reads, rows, *shape),
-            *(tile.rows, tile.keys, tile.stages),
+            *(tile.rows, tile.keys, tile.stages, page),
         ),
         key,
         num_warps=tile.warps,
@@ -218,8 +233,8 @@ def _tile(rows: int, dim: int, itemsize: int, shared_memory: int) -> Tile:
 
 # What changes from call to call must not compile the kernels again.
 _COUNTS = ["heads", "items", "queries", "keys", "rows"]
-_COUNTS += ["chosen_sequence", "chosen_head", "chosen_row"]
-_TABLES = ["modes", "chosen", "sequence_rows"]
+_COUNTS += ["chosen_sequence", "chosen_head", "chosen_row", "table_sequence", "table_head"]
+_TABLES = ["modes", "chosen", "table", "sequence_rows"]
 _TABLES += ["query_starts", "query_lengths", "key_starts", "key_lengths"]
 
 
@@ -255,13 +270,14 @@ def _ends(modes, query_lengths, key_lengths, heads, queries, keys, sink, local, 
 @triton.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=_TABLES)
 def _attend(
     q, k, v, modes, sequence_rows, query_starts, query_lengths, key_starts, key_lengths, chosen,
-    out, lse, partial_out, partial_lse,
+    table, out, lse, partial_out, partial_lse,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
-    chosen_sequence, chosen_head, chosen_row, out_batch, out_head, out_token,
+    chosen_sequence, chosen_head, chosen_row, table_sequence, table_head,
+    out_batch, out_head, out_token,
     scale, heads, items, queries, keys, sink, local, split, rows,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     # The keys that a head reads, with what it leaves out in the middle cut out, are cut into splits
     # of `split` keys; the splits of all heads of all sequences, one after the other, are the work
@@ -292,9 +308,10 @@ def _attend(
     if sequence_rows is not None:
         batch_row = tl.load(sequence_rows + sequence)
         query_start = tl.load(query_starts + sequence)
-        key_start = tl.load(key_starts + sequence)
-        k += key_start * k_token
-        v += key_start * v_token
+        if table is None:
+            key_start = tl.load(key_starts + sequence)
+            k += key_start * k_token
+            v += key_start * v_token
 
     d = tl.arange(0, BLOCK_D)
     row = tl.program_id(0) % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -306,8 +323,13 @@ def _attend(
     token = query_start + query
     q += batch_row * q_batch + query_head[:, None] * q_head + token[:, None] * q_token
     q_tile = tl.load(q + d[None, :], exists[:, None] & (d < DIM)[None, :], 0.0)
-    k += batch_row * k_batch + head.to(tl.int64) * k_head
-    v += batch_row * v_batch + head.to(tl.int64) * v_head
+    k += head.to(tl.int64) * k_head
+    v += head.to(tl.int64) * v_head
+    if table is None:
+        k += batch_row * k_batch
+        v += batch_row * v_batch
+    else:
+        table += sequence.to(tl.int64) * table_sequence + head * table_head
     if chosen is not None:
         row_block = position // BLOCK_SIZE - past // BLOCK_SIZE
         chosen += sequence.to(tl.int64) * chosen_sequence + query_head * chosen_head
@@ -331,8 +353,15 @@ def _attend(
             # What no row has chosen may hold anything: it is not even read.
             read = tl.max(visible.to(tl.int32), 0) > 0
         there = read[:, None] & (d < DIM)[None, :]
-        offset = key.to(tl.int64)[:, None]
-        k_tile = tl.load(k + offset * k_token + d[None, :], there, 0.0)
+        if table is None:
+            offset = key.to(tl.int64)
+            k_offset, v_offset = offset * k_token, offset * v_token
+        else:
+            page = tl.load(table + key // PAGE, read, 0).to(tl.int64)
+            offset = (key % PAGE).to(tl.int64)
+            k_offset = page * k_batch + offset * k_token
+            v_offset = page * v_batch + offset * v_token
+        k_tile = tl.load(k + k_offset[:, None] + d[None, :], there, 0.0)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale
         scores = tl.where(visible, scores, -float("inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
@@ -341,7 +370,7 @@ def _attend(
         weights = tl.exp2(scores - shift[:, None])
         fade = tl.exp2(top - shift)
         total = total * fade + tl.sum(weights, 1)
-        v_tile = tl.load(v + offset * v_token + d[None, :], there, 0.0)
+        v_tile = tl.load(v + v_offset[:, None] + d[None, :], there, 0.0)
         acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * fade[:, None], input_precision="ieee")
         top = new_top
 

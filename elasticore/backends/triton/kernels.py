@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from elasticore.backends.triton import decode, gradients, portable, snapshot
+from elasticore.backends.triton.arguments import DECODE_ROWS
 from elasticore.layout import Segments
 from elasticore.patterns import BlockLists
 
@@ -23,9 +24,6 @@ __all__ = ["HOPPER_MISSING", "KERNELS", "TRAINING", "attention", "choose", "choo
 
 DECODE_QUERIES = 16
 """Queries of a sequence up to which the decode kernel runs a call."""
-DECODE_ROWS = 128
-"""Queries times query heads of a group up to which it does."""
-
 KERNELS = {"decode": decode.attention, "portable": portable.attention}
 """The kernels by name; all take the same arguments."""
 if hopper is not None:
