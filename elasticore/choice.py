@@ -148,11 +148,12 @@ class Choice(NamedTuple):
     reason: str = ""
 
 
-def choose(name: str | None, request: AttentionRequest) -> Choice:
+def choose(name: str | None, request: AttentionRequest, *, paged: bool = False) -> Choice:
     """The backend that runs ``request``: ``name``, or :func:`current_backend` if None.
 
     Nothing is read from the device, so which backend runs never depends on which heads are sparse.
-    ``"auto"`` asks every backend once per request and remembers the answer.
+    ``"auto"`` asks every backend once per request and remembers the answer; of those that read
+    ``paged`` keys and values it takes the first in the default order.
 
     Raises
     ------
@@ -167,12 +168,13 @@ def choose(name: str | None, request: AttentionRequest) -> Choice:
     """
     name = current_backend() if name is None else name
     if name == AUTO:
-        return _choose(request)
+        return _choose_paged(request) if paged else _choose(request)
     engine = registry.instances.get(name) if isinstance(name, str) else None
     if engine is None:
         _check_usable(name)
         engine = registry.instance(name)
-    require(Verdict(*engine.supports(request)), name)
+    ask = engine.supports_pages if paged else engine.supports
+    require(Verdict(*ask(request)), name)
     return Choice(name, engine)
 
 
@@ -219,26 +221,10 @@ def run_paged(
     scale: float | None,
     backend: str | None,
 ) -> Tensor:
-    """Check a call over pages and run it; see :func:`~elasticore.paged_attention`.
-
-    ``"auto"`` takes the first backend in the default order that can do it.
-    """
+    """Check a call over pages and run it; see :func:`~elasticore.paged_attention`."""
     layout, scale = check_paged(q, pages, plan, layout, scale)
     request = AttentionRequest.of_pages(q, pages, plan, layout)
-    name = current_backend() if backend is None else backend
-    if name == AUTO:
-        refusals = []
-        for name in BACKENDS.names():
-            verdict = _fits(name, request, paged=True)
-            if verdict.ok:
-                break
-            refusals.append(f"{name}: {verdict.reason}")
-        else:
-            raise UnsupportedRequest("no backend can do this call: " + "; ".join(refusals))
-    elif name not in registry.instances:
-        _check_usable(name)
-    engine = registry.instance(name)
-    require(Verdict(*engine.supports_pages(request)), name)
+    engine = choose(backend, request, paged=True).engine
     with torch.autocast(q.device.type, enabled=False):
         return engine.attend_pages(q, pages, plan, layout=layout, scale=scale)
 
@@ -327,6 +313,17 @@ def _choose(request: AttentionRequest) -> Choice:
         _chosen.clear()
     _chosen[request] = choice
     return choice
+
+
+def _choose_paged(request: AttentionRequest) -> Choice:
+    refusals = []
+    for name in BACKENDS.names():
+        verdict = _fits(name, request, paged=True)
+        if verdict.ok:
+            first = "the first in the default order that reads pages"
+            return Choice(name, registry.instance(name), first)
+        refusals.append(f"{name}: {verdict.reason}")
+    raise UnsupportedRequest("no backend can do this call: " + "; ".join(refusals))
 
 
 def _fits(name: str, request: AttentionRequest, paged: bool = False) -> Verdict:

@@ -86,31 +86,54 @@ class SerialAttention(HybridHeadAttention):
     def attend_pages(
         self, q: Tensor, pages: Pages, plan: HeadPlan, *, layout: SequenceLayout, scale: float
     ) -> Tensor:
-        """See :meth:`HybridHeadAttention.attend_pages`; one head after the other."""
+        """See :meth:`HybridHeadAttention.attend_pages`."""
         out = torch.zeros_like(q)
-        group, modes = q.shape[1] // pages.keys.shape[1], plan.modes.tolist()
-        sink, local = plan.streaming.blocks(plan.block_size)
+        kv_heads, modes = pages.keys.shape[1], plan.modes.tolist()
+        sink, local = (
+            blocks * plan.block_size for blocks in plan.streaming.blocks(plan.block_size)
+        )
         segments = torch.stack(pages.segments(q, layout), 1).tolist()
         for index, (row, start, queries, _, keys) in enumerate(segments):
             if queries == 0:
                 continue
-            first = ((keys - queries) // plan.block_size - local + 1) * plan.block_size
-            for head, mode in enumerate(modes[index]):
-                position = torch.arange(keys, device=q.device)
-                if mode == HeadMode.STREAMING:  # other pages may be gone
-                    position = position[(position < sink * plan.block_size) | (position >= first)]
-                page = pages.table[index, head, position // pages.page_size].long()
+            own = slice(start, start + queries)
+            mine = out[row, :, own].unflatten(0, (kv_heads, -1))
+            first = ((keys - queries) // plan.block_size + 1) * plan.block_size - local
+            spans = {int(HeadMode.FULL): [(0, keys)], int(HeadMode.STREAMING): [(0, keys)]}
+            if first > sink:  # what lies between may be gone
+                spans[int(HeadMode.STREAMING)] = [(0, sink), (first, keys)]
+            for mode in set(modes[index]):
+                heads = torch.tensor([h for h, m in enumerate(modes[index]) if m == mode])
+                heads = heads.to(q.device)
+                part = q[row, :, own].unflatten(0, (kv_heads, -1))[heads]
                 k, v = (
-                    x.new_zeros(1, keys, x.shape[3]).index_copy(
-                        1, position, x[page, head, position % pages.page_size][None]
-                    )
+                    [_read(x, pages, index, heads, *span) for span in spans[mode]]
                     for x in (pages.keys, pages.values)
                 )
-                own = slice(head * group, (head + 1) * group)
-                part = q[row, own, start : start + queries][None]
-                found = _sequence(part, k, v, [mode], plan, None, scale)
-                out[row, own, start : start + queries] = found[0]
+                if queries == 1:
+                    mine[heads] = _sdpa(part, torch.cat(k, 1), torch.cat(v, 1), scale)
+                    continue
+                all_k, all_v = (_spread(x, spans[mode], keys) for x in (k, v))
+                alike = [mode] * len(heads)
+                mine[heads] = _sequence(part, all_k, all_v, alike, plan, None, scale)
         return out
+
+
+def _read(x: Tensor, pages: Pages, index: int, heads: Tensor, first: int, last: int) -> Tensor:
+    """Tokens ``[first, last)`` of some heads of a sequence, ``[heads, tokens, D]``."""
+    size = pages.page_size
+    block = first // size
+    page = pages.table[index, heads, block : -(-last // size)].long()
+    found = x[page, heads[:, None]].flatten(1, 2)
+    return found[:, first - block * size : last - block * size]
+
+
+def _spread(parts: list[Tensor], spans: list[tuple[int, int]], keys: int) -> Tensor:
+    """Parts at their places among ``keys`` tokens; zero between, where nobody reads."""
+    out = parts[0].new_zeros(parts[0].shape[0], keys, parts[0].shape[2])
+    for part, (first, last) in zip(parts, spans, strict=True):
+        out[:, first:last] = part
+    return out
 
 
 def _dispatch(

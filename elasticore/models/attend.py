@@ -6,16 +6,19 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from elasticore.attention import AttentionRequest
 from elasticore.backends.selection import choose_blocks
-from elasticore.call import hybrid_head_attention
-from elasticore.choice import choose
+from elasticore.call import hybrid_head_attention, paged_attention
+from elasticore.choice import Choice, choose
 from elasticore.errors import ElasticoreError
-from elasticore.layout import SequenceLayout
+from elasticore.layout import Segments, SequenceLayout
+from elasticore.models.paged_cache import PagedLayer
 from elasticore.models.passes import Pass, Planned
 from elasticore.models.state import STATE, LayerState
-from elasticore.patterns import HeadMode
+from elasticore.pages import Pages
+from elasticore.patterns import BlockLists, HeadMode
 from elasticore.plan import HeadPlan
 
 __all__ = ["attend"]
@@ -37,6 +40,8 @@ def attend(
     """
     state: LayerState = getattr(attention, STATE)
     planned = one.plans.pop(state.index)
+    if planned.layer is not None and isinstance(planned.layer.inner, PagedLayer):
+        return _over_pages(one, state, planned, planned.layer.inner.pages, scale, q)
     if k.shape[2] != planned.seen:
         if k.shape[2] != planned.room():
             raise ElasticoreError(
@@ -85,6 +90,37 @@ def _run(
     return layout.attend_ends(partial(call, short), q, k, v, out)
 
 
+def _over_pages(
+    one: Pass, state: LayerState, planned: Planned, pages: Pages, scale: float | None, q: Tensor
+) -> Tensor:
+    """A pass that goes on after a prompt, whose streaming heads have given memory back."""
+    queries = q.shape[2]
+    layout = planned.layout
+    own = None if layout.valid is None else layout.valid[:, -queries:]
+
+    def call(q: Tensor, queries: SequenceLayout) -> Tensor:
+        if one.traces:
+            request = AttentionRequest.of_pages(q, pages, planned.plan, queries)
+            _note(one, state, planned, planned.plan, pages.segments(q, queries), None,
+                  choose(one.backend, request, paged=True))  # fmt: skip
+        return paged_attention(
+            q, pages, planned.plan, layout=queries, scale=scale, backend=one.backend
+        )
+
+    if own is None or queries == 1:  # a query that is padding stands at the last valid position
+        return call(q, SequenceLayout.dense())
+    counts = pad(own.sum(1).cumsum(0), (1, 0))
+    packed = q.transpose(1, 2)[own].transpose(0, 1)[None]
+    out = torch.zeros_like(q.transpose(1, 2))
+    out[own] = call(packed, SequenceLayout.packed(counts))[0].transpose(0, 1)
+    out = out.transpose(1, 2)
+    if layout.ends is None:
+        return out
+    last = call(q[:, :, -1:], SequenceLayout.dense())
+    last = torch.where(layout.ends[0][:, None, None, None], last, out[:, :, -1:])
+    return torch.cat((out[:, :, :-1], last), 2)
+
+
 def _record(
     one: Pass,
     state: LayerState,
@@ -104,15 +140,27 @@ def _record(
             scale = q.shape[3] ** -0.5 if scale is None else scale
             selection = choose_blocks(q, k, plan, layout, scale, every=False)
         segments = layout.segments(q.shape[0], q.shape[2], k.shape[2], q.device)
-        for trace in one.traces:
-            trace.add(
-                one,
-                state.index,
-                plan=plan,
-                segments=segments,
-                selection=selection,
-                decisions=planned.decisions,
-                decided=planned.decided,
-                choice=(choice.name, choice.reason),
-                local_layers=state.local_layers,
-            )
+        _note(one, state, planned, plan, segments, selection, choice)
+
+
+def _note(
+    one: Pass,
+    state: LayerState,
+    planned: Planned,
+    plan: HeadPlan,
+    segments: Segments,
+    selection: BlockLists | None,
+    choice: Choice,
+) -> None:
+    for trace in one.traces:
+        trace.add(
+            one,
+            state.index,
+            plan=plan,
+            segments=segments,
+            selection=selection,
+            decisions=planned.decisions,
+            decided=planned.decided,
+            choice=(choice.name, choice.reason),
+            local_layers=state.local_layers,
+        )

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from elasticore.errors import ElasticoreError
 from elasticore.models.ends import Ends
 from elasticore.models.layouts import PassLayout
+from elasticore.models.paged_cache import SPARE, PagedLayer
 from elasticore.plan import HeadPlan
 
 __all__ = ["ElasticCacheLayer", "elastic_layer"]
@@ -249,13 +250,38 @@ class ElasticCacheLayer(CacheLayerMixin):
         """Move keys and values back."""
         self.inner.prefetch()
 
+    def give_back(self, plan: HeadPlan, valid: Tensor | None) -> None:
+        """Keep of streaming heads what they read from now on, and no more, once that is less.
+
+        Parameters
+        ----------
+        plan
+            What all further passes run: heads that are FULL or STREAMING.
+        valid
+            bool ``[rows, columns]``: what is no padding; None: all.
+        """
+        sink, local = plan.streaming.blocks(plan.block_size)
+        if type(self.inner) is not DynamicLayer:
+            return
+        if self.columns <= (sink + local + SPARE) * plan.block_size:
+            return  # there is nothing to give yet
+        sizes = {"sink": sink, "local": local, "page_size": plan.block_size}
+        keys, values = self.inner.keys, self.inner.values
+        assert keys is not None and values is not None
+        self.inner = PagedLayer(keys, values, plan.modes, valid, **sizes)
+
     def reset(self) -> None:
         """Start over with the same objects."""
+        if isinstance(self.inner, PagedLayer):
+            self.inner = DynamicLayer()
         self.inner.reset()
         self.columns, self.memory = int(self.inner.get_seq_length()), None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take tokens off the end; a cut into a prompt forgets its routing."""
+        if isinstance(self.inner, PagedLayer):
+            self._crop_pages(self.inner, tokens_to_remove)
+            return
         before = self.inner.get_seq_length()
         before = before if isinstance(before, int) else None
         self.inner.crop(tokens_to_remove)
@@ -266,30 +292,63 @@ class ElasticCacheLayer(CacheLayerMixin):
         if self.memory is not None and self.memory.columns > self.columns:
             self.memory.crop(self.columns)
 
+    def _crop_pages(self, inner: PagedLayer, tokens_to_remove: int) -> None:
+        # Older versions of transformers take a positive number for what is left.
+        left = tokens_to_remove if tokens_to_remove > 0 else self.columns + tokens_to_remove
+        left = min(max(left, 0), self.columns)
+        memory = self.memory
+        assert memory is not None  # pages are made of what it knows
+        if left < memory.prompt:
+            raise ElasticoreError(
+                f"the cache cannot be cropped to {left} tokens, into the prompt of "
+                f"{memory.prompt}: its streaming heads have given their memory back, so it cannot "
+                "be routed anew. Attend with cache='dense', or prefill the text again."
+            )
+        gone: Tensor | int = self.columns - left
+        if memory.valid is not None:
+            gone = memory.valid[:, left : self.columns].sum(1)
+        inner.cut(self.columns - left, gone)
+        self.columns = left
+        memory.crop(left)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replace rows by others."""
-        self.inner.reorder_cache(beam_idx)
+        if isinstance(self.inner, PagedLayer):
+            self.inner.select(beam_idx.tolist())
+        else:
+            self.inner.reorder_cache(beam_idx)
         self._move(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some of the rows, given by their numbers or by a mask."""
-        self.inner.batch_select_indices(indices)
+        if isinstance(self.inner, PagedLayer):
+            self.inner.select(_numbers(indices).tolist())
+        else:
+            self.inner.batch_select_indices(indices)
         self._move(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
-        self.inner.batch_repeat_interleave(repeats)
+        if isinstance(self.inner, PagedLayer):
+            held = range(len(self.inner.streams))
+            self.inner.select([row for row in held for _ in range(repeats)])
+        else:
+            self.inner.batch_repeat_interleave(repeats)
         if self.memory is not None and self.memory.decisions is not None:
             rows = torch.arange(self.memory.decisions.shape[0])
             self._move(rows.repeat_interleave(repeats))
 
     def _move(self, rows: Any) -> None:
-        if self.memory is None:
-            return
-        rows = torch.as_tensor(rows)
-        if rows.dtype == torch.bool:
-            rows = rows.nonzero().flatten()
-        self.memory.move(rows.long().flatten())
+        if self.memory is not None:
+            self.memory.move(_numbers(rows))
+
+
+def _numbers(rows: Any) -> Tensor:
+    """Numbers of rows, int64, of numbers or a mask."""
+    rows = torch.as_tensor(rows)
+    if rows.dtype == torch.bool:
+        rows = rows.nonzero()
+    return rows.long().flatten()
 
 
 def _own(name: str) -> property:

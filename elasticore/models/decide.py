@@ -12,6 +12,7 @@ from elasticore.errors import ElasticoreError
 from elasticore.models.cache import ElasticCacheLayer, Memory, elastic_layer
 from elasticore.models.ends import Ends
 from elasticore.models.layouts import PassLayout, packed_lengths, read_layout
+from elasticore.models.paged_cache import PagedLayer
 from elasticore.models.passes import Pass, Planned
 from elasticore.models.state import ROUTER, LayerState
 from elasticore.models.versions import CACHE
@@ -46,6 +47,12 @@ def plan_layer(
     memory = _memory(layer, state, past, layout)
     queries = hidden.shape[1]
     if memory.decisions is None or one.reads_prompt(queries):
+        if isinstance(layer.inner, PagedLayer) and state.way.turn == "renew":
+            raise ElasticoreError(
+                "a further prompt is to be routed anew, but streaming heads have given their "
+                "memory back: attend with turn='keep', which keeps what was decided, or with "
+                "cache='dense'; or prefill the whole text again."
+            )
         planned = _with_prompt(attention, state, one, hidden, layout, memory, past)
     else:
         memory.generated = True
@@ -53,6 +60,11 @@ def plan_layer(
             valid = None if layout.valid is None else layout.valid[:, past : past + queries]
             memory.put_off(hidden, valid, partial(state.family.project, attention))
         planned = _as_before(state, memory, layout, past + queries, queries)
+        if state.way.gives_back and past:
+            before = None if layout.valid is None else layout.valid[:, :past]
+            layer.give_back(planned.plan, before)
+    if isinstance(layer.inner, PagedLayer):
+        layer.inner.own = None if layout.valid is None else layout.valid[:, past : past + queries]
     planned.layer = layer
     memory.columns, memory.valid = past + queries, layout.valid
     return planned

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -18,7 +19,7 @@ from elasticore.models.attach import attach, backbone_of, detach, state_of
 from elasticore.models.files import read_files, upload_files, write_files
 from elasticore.models.fingerprint import check_base_model, fingerprint
 from elasticore.models.state import ROUTER, STATE, ModelState
-from elasticore.patterns import BlockSelector, Full, Pattern, Streaming, XAttention
+from elasticore.patterns import BlockSelector, Full, HeadMode, Pattern, Streaming, XAttention
 from elasticore.patterns.registry import pattern_from_dict, pattern_to_dict
 from elasticore.plan import HeadPlan
 from elasticore.router.policies import Policy, Router, as_policy
@@ -55,6 +56,10 @@ class Elastic:
     turn
         A further prompt on a cache in which tokens were generated: ``"renew"`` decides anew, from
         the beginning of the whole text and its newest end; ``"keep"`` keeps what was decided.
+    cache
+        Once tokens are generated: ``"dense"`` keeps all keys and values; ``"elastic"`` keeps of
+        streaming heads their sink and window alone, in a ``DynamicCache``, which then cannot be
+        cropped far, nor be routed anew for a further prompt (``turn="keep"`` need not).
     base
         The fingerprint of the backbone that the policy was trained for; None if it is for any.
 
@@ -80,18 +85,32 @@ class Elastic:
     block_size: int = None  # type: ignore[assignment]  # settled below
     decode: Literal["routed", "full"] = "routed"
     turn: Literal["renew", "keep"] = "renew"
+    cache: Literal["dense", "elastic"] = "dense"
     base: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "policy", as_policy(self.policy))
         if self.block_size is None:
             object.__setattr__(self, "block_size", _largest(self.retrieval, self.sparse))
-        for name, accepted in (("decode", ("routed", "full")), ("turn", ("renew", "keep"))):
+        choices = {
+            "decode": ("routed", "full"),
+            "turn": ("renew", "keep"),
+            "cache": ("dense", "elastic"),
+        }
+        for name, accepted in choices.items():
             if getattr(self, name) not in accepted:
                 raise ValueError(
                     f"{name} must be one of {', '.join(accepted)}, got {getattr(self, name)!r}."
                 )
         self.plan(torch.zeros(1, 1, dtype=torch.int8))  # the patterns, and that they go together
+
+    @cached_property
+    def gives_back(self) -> bool:
+        """Whether streaming heads give memory back once tokens are generated."""
+        if self.cache == "dense":
+            return False
+        lanes = self.plan(torch.zeros(1, 1, dtype=torch.int8), short=True).lanes
+        return HeadMode.STREAMING in lanes and HeadMode.SELECTED not in lanes
 
     def plan(self, decisions: Tensor, *, short: bool = False) -> HeadPlan:
         """The plan of ``decisions`` (int8 ``[sequences, kv_heads]``, values not read).
@@ -193,6 +212,7 @@ class Elastic:
             "block_size": self.block_size,
             "decode": self.decode,
             "turn": self.turn,
+            "cache": self.cache,
         }
 
     @classmethod
