@@ -673,6 +673,7 @@ WAY = Entry(
         ),
         "decode": other_text("routed", "full"),
         "turn": other_text("renew", "keep"),
+        "cache": other_text("dense", "elastic"),
     },
     says=SAYS,
     skip=frozenset({"base"}),  # a fingerprint, compared with the model's
@@ -722,6 +723,7 @@ OFFLINE = Entry(
         "seed": anything(int) | st.integers(max_value=-1),
         "split": other_text("train", "heldout"),
         "module": anything(str) | one_of("", ".near", "nowhere", "json"),
+        "chat": anything(int, float) | one_of(-0.1, 0.5, 1.5, float("nan")),
     },
     skip=frozenset({"tokenizer"}),  # any callable that transformers' tokenizers are like
 )
