@@ -98,6 +98,8 @@ class Pages:
     def segments(self, q: Tensor, layout: SequenceLayout) -> Segments:
         """Where the queries lie, and how many keys each sequence has.
 
+        Of a sequence with more queries than keys, only the last ones are its own.
+
         Parameters
         ----------
         q
@@ -117,7 +119,14 @@ class Pages:
                 f"got a {layout.kind} one of {layout.sequences(batch)}."
             )
         found = layout.segments(batch, queries, queries, q.device)
-        return found._replace(key_start=torch.zeros_like(self.lengths), key_length=self.lengths)
+        own = torch.minimum(found.query_length, self.lengths)
+        return Segments(
+            found.row,
+            found.query_start + found.query_length - own,
+            own,
+            torch.zeros_like(self.lengths),
+            self.lengths,
+        )
 
 
 def _told(value: object) -> str:

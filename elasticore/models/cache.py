@@ -279,8 +279,9 @@ class ElasticCacheLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take tokens off the end; a cut into a prompt forgets its routing."""
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 gives a tensor
         if isinstance(self.inner, PagedLayer):
-            self._crop_pages(self.inner, int(tokens_to_remove))  # it may be a tensor
+            self._crop_pages(self.inner, tokens_to_remove)
             return
         before = self.inner.get_seq_length()
         before = before if isinstance(before, int) else None

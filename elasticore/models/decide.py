@@ -60,7 +60,8 @@ def plan_layer(
             valid = None if layout.valid is None else layout.valid[:, past : past + queries]
             memory.put_off(hidden, valid, partial(state.family.project, attention))
         planned = _as_before(state, memory, layout, past + queries, queries)
-        if state.way.gives_back and past:
+        # What is offloaded is elsewhere just now.
+        if state.way.gives_back and past and not getattr(cache, "offloading", False):
             before = None if layout.valid is None else layout.valid[:, :past]
             layer.give_back(planned.plan, before)
     if isinstance(layer.inner, PagedLayer):

@@ -223,14 +223,6 @@ class PagedLayer(CacheLayerMixin):
         self.columns -= columns
         self.lengths = self.lengths - gone
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """See :meth:`cut`, which an elastic layer calls."""
-        self.cut(abs(tokens_to_remove), abs(tokens_to_remove))
-
-    def reset(self) -> None:
-        """Not possible: the layer around it starts over with another one."""
-        raise NotImplementedError
-
     def offload(self) -> None:
         """Move everything to the CPU."""
         self.pool, self.table, self.lengths = (

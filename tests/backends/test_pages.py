@@ -104,6 +104,20 @@ def test_sequences_and_heads_share_pages(backend: str, queries: int) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_queries_without_keys_are_padding(backend: str) -> None:
+    """A row that is empty, one that is shorter than the pass, and one that is not."""
+    one = problem([3] * 3, [60] * 3, [[0, 1]] * 3, packed=False)
+    pages = testing.paged(one, 16)
+    lengths = torch.tensor([0, 2, 60], device=DEVICE)
+    out = testing.run_paged(one, dataclasses.replace(pages, lengths=lengths), backend)
+    assert not out[0].any() and not out[1, :, 0].any()
+    close(out[2], testing.dense_attention(one)[2])
+    short = one._replace(q=one.q[1:2, :, 1:], k=one.k[1:2, :, :2], v=one.v[1:2, :, :2])
+    short = short._replace(plan=one.plan.with_decisions(one.plan.decisions[1:2]))
+    close(out[1:2, :, 1:], testing.dense_attention(short))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_pages_of_vllm(backend: str) -> None:
     """Keys and values apart, tokens before heads, one table row for all heads."""
     one = problem([1, 1], [50, 50], [[0, 1], [1, 0]], packed=False)

@@ -218,6 +218,27 @@ def test_a_cache_starts_over() -> None:
     torch.testing.assert_close(again, model(prompts()).logits, **CLOSE)
 
 
+def test_an_offloaded_cache_stays_dense() -> None:
+    model = elastic(tiny(), ByContent, ways()[1])
+    cache = prefilled(model, prompts())
+    cache.offloading = True  # what transformers would do with it needs a GPU
+    cache.update = lambda k, v, index, *args, **kwargs: cache.layers[index].update(k, v)
+    model(tokens(3, 1, 0), **cached(cache))
+    assert not paged(cache)
+
+
+def test_pages_move_to_the_cpu_and_back() -> None:
+    model = elastic(tiny(), ByContent, ways()[1])
+    cache = prefilled(model, prompts())
+    model(tokens(3, 1, 0), **cached(cache))
+    kept = copy.deepcopy(cache)
+    for layer in cache.layers:
+        layer.offload()
+        layer.prefetch()
+    step = tokens(3, 1, 1)
+    assert torch.equal(model(step, **cached(cache)).logits, model(step, **cached(kept)).logits)
+
+
 def test_heads_that_select_keep_all() -> None:
     for way in (
         small("fa-xa", HALF),

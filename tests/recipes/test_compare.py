@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from recipes.study.compare import Record, Size, Study, summary
+from recipes.study.compare import Size, Study
+from recipes.study.records import Record, summary
 from recipes.study.runs import Trainings
 from recipes.study.scores import Scorer, mean_msr
 
