@@ -200,7 +200,7 @@ class HybridHeadAttention(ABC):
         Tensor
             ``[B, Hq, Tq, D]`` in q's dtype, without a gradient.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has supports_pages, but no attend_pages.")
 
 
 def require(verdict: Verdict, name: str) -> None:
