@@ -11,8 +11,10 @@ from __future__ import annotations
 import importlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated
@@ -28,7 +30,7 @@ from elasticore.train.recipe import parts_of
 from recipes.study.about import about
 from recipes.study.records import MAIN, Record, label, show, summary
 from recipes.study.replay import between_tasks, replayed, unpacked, within_tasks
-from recipes.study.runs import Run, Trainings, console, gate_scores
+from recipes.study.runs import Run, Trainings, at_once, console, gate_scores
 from recipes.study.scores import (
     UNSEEN,
     Cut,
@@ -111,6 +113,12 @@ class Study:
         seeds = range(self.size.seeds)
         return [Run(MAIN, seed) for seed in seeds] + [Run(BY_LAYER, s, (LAYER,)) for s in seeds]
 
+    def trained(self) -> list[Run]:
+        """Those that are there, finished, and what stands beside them."""
+        there = [run for run in self.runs() if self.trainings.done(run)]
+        beside = [one for run in there for one in self.static(run) if self.trainings.done(one)]
+        return there + beside
+
     def static(self, run: Run) -> Iterable[Run]:
         """After routers by head: the static methods, for their share of sparse heads."""
         if run.group != MAIN:
@@ -127,57 +135,78 @@ class Study:
             yield Run(LONG, 0, (*changes("duo"), f"max_steps={self.size.long}"))
 
     def records(self, trained: Sequence[Run]) -> Iterator[Record]:
-        """Score everything, the most important first."""
-        size, main = self.size, self.size.length
-        every = (main, *size.lengths)
+        """Score everything, part after part."""
+        for part in self.parts(trained).values():
+            yield from part()
+
+    def parts(self, trained: Sequence[Run]) -> dict[str, Callable[[], Iterator[Record]]]:
+        """What is scored, in parts that can be scored side by side, the most important first."""
+        routers = [run for run in trained if run.group == MAIN]
+        parts = {run.name: partial(self._seed, run, trained) for run in routers}
+        return {
+            "fixed": self._fixed,
+            **parts,
+            "random": partial(self._random, routers),
+            "oracle": partial(self._oracle, routers, trained),
+        }
+
+    def _fixed(self) -> Iterator[Record]:
+        """What neither trains nor has seeds."""
         for name, method in (
             ("full", Method("full", "full")),
             ("streaming", Method("streaming", "streaming", window(self.way))),
         ):
-            for length in every:
+            for length in (self.size.length, *self.size.lengths):
                 yield Record(name, 0, name, length, self._score(method, length))
-        routers = [run for run in trained if run.group == MAIN]
-        layers = {run.seed: run for run in trained if run.group == BY_LAYER}
-        gates = {run: gate_scores(self.trainings.path(run)) for run in trained
-                 if run.group not in (MAIN, BY_LAYER)}  # fmt: skip
-        rankings: dict[int, dict[str, Tensor]] = {}  # of heads, per seed
-        own = {run.seed: self._score(self._router(run), main) for run in routers}
-        for run in routers:
-            often = torch.stack([torch.tensor(own[run.seed][t]["sparse"]) for t in self.tasks])
-            rankings[run.seed] = {"frequency": 1 - often.mean(0)}
-            rankings[run.seed] |= {g.group: scores for g, scores in gates.items()
-                                   if g.seed == run.seed}  # fmt: skip
-        for length in every:
-            for run in routers:
-                figures = self._score(self._router(run), length)
-                yield Record(MAIN, run.seed, MAIN, length, figures)
-                # At other lengths, too, the share that the routers have there.
-                yield from self._beside(run.seed, MAIN, length, figures, rankings[run.seed])
-                if run.seed in layers:
-                    cut = self._cut(layers[run.seed], mean_msr(own[run.seed]))
-                    yield Record(BY_LAYER, run.seed, MAIN, length, self._score(cut, length))
-        for run in routers:
-            yield from self._controls(run, own[run.seed])
+        for text in self.size.methods:
+            free = Method.parse(text)
+            yield Record(free.name, 0, free.name, self.size.length,
+                         self._score(free, self.size.length))  # fmt: skip
+
+    def _seed(self, run: Run, trained: Sequence[Run]) -> Iterator[Record]:
+        """Routers and what was trained with their seed."""
+        size, main = self.size, self.size.length
+        own = self._own(run)
+        rankings = self._rankings(run, trained)
+        layers = next((r for r in trained if (r.group, r.seed) == (BY_LAYER, run.seed)), None)
+
+        def compared(length: int) -> Iterator[Record]:
+            figures = self._score(self._router(run), length)
+            yield Record(MAIN, run.seed, MAIN, length, figures)
+            # At other lengths, too, the share that the routers have there.
+            yield from self._beside(run.seed, MAIN, length, figures, rankings)
+            if layers:
+                cut = self._cut(layers, mean_msr(own))
+                yield Record(BY_LAYER, run.seed, MAIN, length, self._score(cut, length))
+
+        yield from compared(main)
+        yield from self._controls(run, own)
         if hasattr(importlib.import_module(self.scorer.module), "as_in_chat"):
             chat, group = self.scorer.in_chat(), f"{MAIN} in a chat"
-            for run in routers:
-                figures = chat.score(self._router(run), main, size.samples, self.tasks)
-                yield Record(group, run.seed, group, main, figures)
-        for text in size.methods:
-            free = Method.parse(text)
-            yield Record(free.name, 0, free.name, main, self._score(free, main))
-        yield from self._random([mean_msr(figures) for figures in own.values()])
-        if routers:
-            yield self._oracle(list(own.values()), list(rankings.values()))
+            figures = chat.score(self._router(run), main, size.samples, self.tasks)
+            yield Record(group, run.seed, group, main, figures)
+        for length in reversed(size.lengths):
+            yield from compared(length)
         for share in size.shares:
             group = f"{MAIN} at {share:g}"
-            for run in routers:
-                figures = self._score(self._cut(run, share), main)
-                yield Record(group, run.seed, group, main, figures)
-                yield from self._beside(run.seed, group, main, figures, rankings[run.seed])
-                if run.seed in layers:
-                    cut = self._cut(layers[run.seed], mean_msr(figures))
-                    yield Record(BY_LAYER, run.seed, group, main, self._score(cut, main))
+            figures = self._score(self._cut(run, share), main)
+            yield Record(group, run.seed, group, main, figures)
+            yield from self._beside(run.seed, group, main, figures, rankings)
+            if layers:
+                cut = self._cut(layers, mean_msr(figures))
+                yield Record(BY_LAYER, run.seed, group, main, self._score(cut, main))
+
+    def _own(self, run: Run) -> Figures:
+        """Of routers as they were trained."""
+        return self._score(self._router(run), self.size.length)
+
+    def _rankings(self, run: Run, trained: Sequence[Run]) -> dict[str, Tensor]:
+        """Scores of heads, the higher the more a head is worth keeping full, by who gives them."""
+        own = self._own(run)
+        often = torch.stack([torch.tensor(own[task]["sparse"]) for task in self.tasks])
+        gates = {r.group: gate_scores(self.trainings.path(r)) for r in trained
+                 if r.seed == run.seed and r.group not in (MAIN, BY_LAYER)}  # fmt: skip
+        return {"frequency": 1 - often.mean(0), **gates}
 
     def _beside(
         self, seed: int, group: str, length: int, figures: Figures, rankings: dict[str, Tensor]
@@ -208,16 +237,21 @@ class Study:
             way = replayed(f"{name.split()[0]}@{run.name}", samples, given, self.streams)
             yield Record(name, run.seed, MAIN, length, self._score(way, length))
 
-    def _random(self, shares: Sequence[float]) -> Iterator[Record]:
+    def _random(self, routers: Sequence[Run]) -> Iterator[Record]:
         count = min(TABLE_SAMPLES, self.size.samples)
+        shares = [mean_msr(self._own(run)) for run in routers if self.size.tables]
         for number in range(self.size.tables if shares else 0):
             table = HeadTable.random(*self.scorer.shape, fmean(shares), number)
             way = Static(f"random-{number}", table, self.streams)
             figures = self.scorer.score(way, self.size.length, count, self.tasks)
             yield Record("random", number, MAIN, self.size.length, figures)
 
-    def _oracle(self, own: Sequence[Figures], rankings: Sequence[dict[str, Tensor]]) -> Record:
+    def _oracle(self, routers: Sequence[Run], trained: Sequence[Run]) -> Iterator[Record]:
         """For every task the sparsest table that keeps its score on samples of its own."""
+        if not routers:
+            return
+        own = [self._own(run) for run in routers]
+        rankings = [self._rankings(run, trained) for run in routers]
         length, found = self.size.length, {}
         count = min(ORACLE_SAMPLES, self.size.samples)
         names = dict.fromkeys(name for one in rankings for name in one)
@@ -241,7 +275,7 @@ class Study:
                 best = 1.0, HeadTable(torch.zeros(self.scorer.shape, dtype=torch.bool))
             way = Static(f"{task}@oracle", best[1], self.streams)
             found |= self.scorer.score(way, length, self.size.samples, [task])
-        return Record("oracle", 0, "oracle", length, found)
+        yield Record("oracle", 0, "oracle", length, found)
 
     def _cut(self, run: Run, share: float) -> Cut:
         """Routers whose mean Ω_MSR on unseen samples is ``share``, found by false position."""
@@ -307,8 +341,14 @@ def run(
     change: Annotated[
         list[str] | None, typer.Option("--set", help="KEY=VALUE of all trainings; repeatable.")
     ] = None,
-    parallel: Annotated[int | None, typer.Option(min=1, help="Trainings at a time.")] = None,
+    parallel: Annotated[
+        int | None, typer.Option(min=1, help="Trainings, and then parts of the scoring, at a time.")
+    ] = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens of a batch to score.")] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(help="Score this part alone, as routers-s0, and report nothing."),
+    ] = None,
 ) -> None:
     """Train, score and compare."""
     size = Size(
@@ -326,16 +366,28 @@ def run(
     trainings = Trainings.of(runs, config, change or (), parallel=parallel)
     recipe = Recipe.load(config, trainings.common)
     module = recipe.data.get("module", "elasticore.eval.tasks")
+    cores = len(os.sched_getaffinity(0))
     scorer = Scorer(
         runs / "scores",
         backbone=recipe.backbone,
         dtype=recipe.dtype if torch.cuda.is_available() else "float32",
         batch_tokens=batch_tokens,
         module=module,
-        workers=len(os.sched_getaffinity(0)) if torch.cuda.is_available() else 0,
+        workers=cores // (trainings.parallel if part else 1) if torch.cuda.is_available() else 0,
     )
     study = Study(trainings, scorer, size)
+    if part is not None:
+        parts = study.parts(study.trained())
+        if part not in parts:
+            raise typer.BadParameter(f"no part {part!r}; there are: {', '.join(parts)}.")
+        for _ in parts[part]():
+            pass
+        return
     trained = trainings.train(study.runs(), study.static)
+    if trainings.parallel > 1:  # what they score is read from their files below
+        again = [sys.executable, "-m", "recipes.study.compare", *sys.argv[1:], "--part"]
+        commands = {name: [*again, name] for name in study.parts(trained)}
+        at_once(commands, runs / "scores", trainings.parallel)
     records = list(study.records(trained))
     rows = summary(records, study.sensitive)
     report = {

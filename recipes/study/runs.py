@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -28,7 +28,7 @@ from elasticore.train.checkpoints import newest
 from elasticore.train.curves import HISTORY
 from elasticore.train.recipe import Recipe, parts_of
 
-__all__ = ["Failure", "Run", "Trainings", "console", "gate_scores"]
+__all__ = ["Failure", "Run", "Trainings", "at_once", "console", "gate_scores"]
 
 console = Console(stderr=True)
 
@@ -224,11 +224,7 @@ class Trainings:
         ]
         threads = max(1, (os.cpu_count() or 1) // self.parallel)
         environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-        environment |= os.environ
-        if torch.cuda.device_count() > 1:  # a training takes one; they take turns
-            there = [str(number) for number in range(torch.cuda.device_count())]
-            there = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(there)).split(",")
-            environment["CUDA_VISIBLE_DEVICES"] = there[self._started % len(there)]
+        environment |= _one_gpu(self._started)
         self._started += 1
         log = (folder / LOG).open("ab")
         process = subprocess.Popen(
@@ -294,6 +290,55 @@ class _Process:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+
+
+def at_once(commands: Mapping[str, Sequence[str]], folder: Path, parallel: int) -> None:
+    """Run commands, ``parallel`` at a time; what one prints goes to ``NAME.log`` in ``folder``.
+
+    One that fails is shown with the end of its log, and the others go on.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    waiting, active = deque(commands), {}
+    started = 0
+    try:
+        with _bars() as bars:
+            bar = bars.add_task("parts", total=len(commands))
+            while waiting or active:
+                while waiting and len(active) < parallel:
+                    name = waiting.popleft()
+                    with (folder / f"{name}.log").open("wb") as log:
+                        active[name] = subprocess.Popen(
+                            commands[name],
+                            cwd=ROOT,
+                            env=_one_gpu(started),
+                            stdin=subprocess.DEVNULL,
+                            stdout=log,
+                            stderr=subprocess.STDOUT,
+                        )
+                    started += 1
+                for name, process in list(active.items()):
+                    if process.poll() is None:
+                        continue
+                    del active[name]
+                    bars.advance(bar)
+                    if process.returncode:
+                        text = (folder / f"{name}.log").read_text("utf-8", errors="replace")
+                        console.print(f"[red]{name}: ended with code {process.returncode}[/]")
+                        console.print("\n".join(text.splitlines()[-TAIL:]), markup=False)
+                time.sleep(0.1)
+    finally:
+        for process in active.values():
+            process.terminate()
+
+
+def _one_gpu(number: int) -> dict[str, str]:
+    """The environment of a process that takes one of the GPUs: they take turns."""
+    environment = dict(os.environ)
+    if torch.cuda.device_count() > 1:
+        there = [str(index) for index in range(torch.cuda.device_count())]
+        there = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(there)).split(",")
+        environment["CUDA_VISIBLE_DEVICES"] = there[number % len(there)]
+    return environment
 
 
 def _bars() -> Progress:

@@ -6,6 +6,7 @@ import copy
 import importlib
 import json
 import multiprocessing
+import os
 import platform
 import time
 import zlib
@@ -280,7 +281,7 @@ class Scorer:
         if file:
             found = {"about": about, "seconds": seconds, "figures": figures}
             file.parent.mkdir(parents=True, exist_ok=True)
-            beside = file.with_suffix(".tmp")
+            beside = file.with_suffix(f".{os.getpid()}.tmp")  # another process may write it, too
             beside.write_text(json.dumps(found), encoding="utf-8")
             beside.replace(file)
         return figures

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from recipes.study.compare import Size, Study
 from recipes.study.records import Record, summary
-from recipes.study.runs import Trainings
+from recipes.study.runs import Trainings, at_once
 from recipes.study.scores import Scorer, mean_msr
 
 QUICK = (
@@ -52,6 +53,8 @@ def test_a_study_of_the_tiny_model(tmp_path: Path) -> None:
     assert "code" not in study.sensitive
     trained = trainings.train(study.runs(), study.static)
     assert not trainings.failures
+    assert set(study.trained()) == set(trained)
+    assert list(study.parts(trained)) == ["fixed", "routers-s0", "random", "oracle"]
     records = list(study.records(trained))
     found = {(record.group, record.beside): record for record in records}
     heads = scorer.shape[0] * scorer.shape[1]
@@ -72,3 +75,14 @@ def test_a_study_of_the_tiny_model(tmp_path: Path) -> None:
     assert {"full", "streaming", "random", "oracle", "per task", "chosen"} <= {
         row["group"] for row in rows
     }
+
+
+def test_commands_run_side_by_side_and_a_failure_keeps_none_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = "import sys; print('here'); sys.exit(int(sys.argv[1]))"
+    commands = {str(n): [sys.executable, "-c", code, str(n % 2)] for n in range(4)}
+    at_once(commands, tmp_path, 2)
+    assert [(tmp_path / f"{n}.log").read_text().strip() for n in range(4)] == ["here"] * 4
+    said = capsys.readouterr().err
+    assert "1: ended with code 1" in said and "3: ended" in said and "2: ended" not in said
