@@ -24,7 +24,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from elasticore.train.baselines import GATES
-from elasticore.train.checkpoints import newest
 from elasticore.train.curves import HISTORY
 from elasticore.train.recipe import Recipe, parts_of
 
@@ -354,10 +353,11 @@ def gate_scores(run: Path) -> Tensor:
     FileNotFoundError
         If the run has kept no checkpoint.
     """
-    checkpoint = newest(run)
-    if checkpoint is None:
+    # The file alone counts: what a finished run kept beside it to go on from may be gone.
+    found = sorted(run.glob(f"checkpoint-*/{GATES}"), key=lambda file: int(file.parent.name[11:]))
+    if not found:
         raise FileNotFoundError(f"run {run} has no checkpoint, which holds its gates.")
-    gates = load_file(checkpoint / GATES)
+    gates = load_file(found[-1])
     return torch.stack([gates[name] for name in sorted(gates, key=_layer)])
 
 
