@@ -9,7 +9,7 @@ from elasticore.choice import run, run_paged
 from elasticore.layout import SequenceLayout
 from elasticore.pages import Pages
 from elasticore.plan import HeadPlan
-from elasticore.preconditions import check_call
+from elasticore.preconditions import check_call, check_paged
 
 __all__ = ["hybrid_head_attention", "paged_attention"]
 
@@ -115,4 +115,8 @@ def paged_attention(
     >>> elasticore.paged_attention(torch.randn(1, 8, 1, 64), pages, plan).shape
     torch.Size([1, 8, 1, 64])
     """
+    if torch.compiler.is_compiling():
+        from elasticore.operator import traced_paged
+
+        return traced_paged(q, pages, plan, *check_paged(q, pages, plan, layout, scale), backend)
     return run_paged(q, pages, plan, layout, scale, backend)

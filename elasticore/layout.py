@@ -308,8 +308,8 @@ class SequenceLayout:
 
 
 def _readable(tensor: Tensor) -> bool:
-    """Whether reading values costs no device synchronisation."""
-    return tensor.device.type == "cpu"
+    """Whether reading values costs no device synchronisation, nor torch.compile a graph break."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _describe(value: object) -> str:

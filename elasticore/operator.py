@@ -1,7 +1,7 @@
-"""The attention call as one PyTorch operator: what ``torch.compile`` sees of it.
+"""The attention calls as PyTorch operators: what ``torch.compile`` sees of them.
 
-The operator is opaque: a compiled graph holds the call, and the backend is chosen when it runs, as
-in eager code. Forward only: a call with gradients stays outside of the graph.
+The operators are opaque: a compiled graph holds the call, and the backend is chosen when it runs,
+as in eager code. Forward only: a call with gradients stays outside of the graph.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from elasticore.attention import wants_gradients
-from elasticore.choice import run
+from elasticore.choice import run, run_paged
 from elasticore.layout import Segments, SequenceLayout
+from elasticore.pages import Pages
 from elasticore.patterns import (
     BlockLists,
     BlockSelector,
@@ -24,7 +25,7 @@ from elasticore.patterns import (
 )
 from elasticore.plan import HeadPlan
 
-__all__ = ["traced"]
+__all__ = ["traced", "traced_paged"]
 
 
 @dataclass(frozen=True)
@@ -142,5 +143,67 @@ def _strides(q: Tensor) -> tuple[int, ...]:
 
 
 @_hybrid_head_attention.register_fake
+def _(q: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(q)
+
+
+def traced_paged(
+    q: Tensor,
+    pages: Pages,
+    plan: HeadPlan,
+    layout: SequenceLayout,
+    scale: float,
+    backend: str | None,
+) -> Tensor:
+    """:func:`~elasticore.choice.run_paged`, while ``torch.compile`` traces."""
+    return torch.ops.elasticore.paged_attention(
+        q,
+        pages.keys,
+        pages.values,
+        pages.table,
+        pages.lengths,
+        plan.decisions,
+        int(plan.retrieval.lane),
+        int(plan.sparse.lane),
+        plan.streaming.sink,
+        plan.streaming.local,
+        plan.block_size,
+        layout.kind,
+        layout.cu_queries,
+        layout.cu_keys,
+        scale,
+        backend,
+    )
+
+
+@torch.library.custom_op("elasticore::paged_attention", mutates_args=())
+def _paged_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    lengths: Tensor,
+    decisions: Tensor,
+    retrieval: int,
+    sparse: int,
+    sink: int,
+    local: int,
+    block_size: int,
+    kind: str,
+    cu_queries: Tensor | None,
+    cu_keys: Tensor | None,
+    scale: float,
+    backend: str | None,
+) -> Tensor:
+    patterns = (Full(), Streaming(sink, local))  # by lane: no other reads pages
+    plan = HeadPlan(
+        decisions, patterns[retrieval], patterns[sparse], block_size=block_size, check=False
+    )
+    layout = SequenceLayout(kind, cu_queries=cu_queries, cu_keys=cu_keys)  # type: ignore[arg-type]
+    out = run_paged(q, Pages(keys, values, table, lengths), plan, layout, scale, backend)
+    return torch.empty_like(q).copy_(out) if out.stride() != _strides(q) else out
+
+
+@_paged_attention.register_fake
 def _(q: Tensor, *_: object) -> Tensor:
     return torch.empty_like(q)

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from torch.nn.functional import pad
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 
 from elasticore.errors import ElasticoreError
 from elasticore.models.ends import Ends
@@ -91,6 +92,13 @@ class Memory:
         Tokens and choices that were put off since keys were made last.
     valid
         bool ``[rows, columns]``: what is no padding, as the latest pass had it; None: all.
+    plain
+        Whether the valid tokens of each row follow each other, up to the latest one.
+    trail
+        Inputs ``[rows, n, hidden size]`` that compiled steps note on the device: that of column
+        ``j`` at ``j % n``. None: they note nothing.
+    lost
+        Whether keys are wanted of tokens that compiled steps did not note, or wrote over.
     plans
         By whether a pass is shorter than a block: the plan of passes that decide nothing, which
         backends prepare for once.
@@ -105,6 +113,9 @@ class Memory:
     pending: list[tuple[Tensor, Tensor | None] | Tensor] = field(default_factory=list)
     waiting: int = 0
     valid: Tensor | None = None
+    plain: bool = True
+    trail: Tensor | None = None
+    lost: bool = False
     plans: dict[bool, HeadPlan] = field(default_factory=dict)
 
     def append(self, ends: Ends) -> None:
@@ -120,6 +131,29 @@ class Memory:
         limit = None if self.ends is None else self.ends.boundary
         if self.waiting >= (2 * limit if limit else 256):
             self.settle(project)
+
+    def skip(self, columns: int) -> None:
+        """Compiled steps have generated all up to ``columns``; what they have noted is pending."""
+        tokens = columns - self.columns
+        if tokens == 0:
+            return
+        if self.valid is not None:
+            self.valid = pad(self.valid, (0, tokens), value=True)
+        self.columns, self.generated = columns, True
+        if self.ends is None:
+            return
+        trail, boundary = self.trail, self.ends.boundary
+        held = 0 if trail is None else min(trail.shape[1], tokens)
+        # Of more tokens the last ones are enough, if the first keys of every row are there.
+        if trail is None or (held < tokens and int(self.ends.length.min()) < (boundary or 0)):
+            self.ends, self.pending, self.waiting, self.lost = None, [], 0, True
+            return
+        if held < tokens:
+            unknown = trail.new_zeros(1, 1, 1).expand(len(trail), tokens - held, trail.shape[2])
+            self.pending.append((unknown, None))
+        column = torch.arange(columns - held, columns, device=trail.device)
+        self.pending.append((trail[:, column % trail.shape[1]], None))
+        self.waiting += tokens
 
     def settle(self, project: Callable[[Tensor], Tensor]) -> None:
         """Make keys of all that is pending."""
@@ -163,6 +197,8 @@ class Memory:
             self.plans = {}
         if self.valid is not None:
             self.valid = self.valid[rows.to(self.valid.device)]
+        if self.trail is not None:
+            self.trail = self.trail[rows.to(self.trail.device)]
         if self.ends is not None:
             self.pending.append(rows)
             self.waiting += 1
@@ -199,15 +235,13 @@ class ElasticCacheLayer(CacheLayerMixin):
     ----------
     inner
         The layer with the keys and values.
-    columns
-        Positions that it holds.
     memory
         What is known of its prompts; None while it is empty.
     """
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
-        self.columns = 0
+        self._columns: int | None = 0
         self.memory: Memory | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -219,6 +253,29 @@ class ElasticCacheLayer(CacheLayerMixin):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.inner!r})"
 
+    @property
+    def columns(self) -> int:
+        """Positions that it holds; after a compiled step the device is asked, once."""
+        if self._columns is None:
+            self._columns = int(self.inner.get_seq_length())
+            if self.memory is not None:
+                self.memory.skip(self._columns)
+        return self._columns
+
+    @columns.setter
+    def columns(self, columns: int) -> None:
+        self._columns = columns
+
+    @property
+    def steps(self) -> bool:
+        """Whether a step of decoding needs nothing but what lies here, on the device."""
+        memory = self.memory
+        if memory is None or memory.decisions is None:
+            return False
+        if isinstance(self.inner, PagedLayer):
+            return self.inner.room is not None
+        return type(self.inner) is StaticLayer and memory.plain
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """See the layer inside, as for all that follows."""
         self.inner.lazy_initialization(key_states, value_states)
@@ -227,7 +284,10 @@ class ElasticCacheLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Add keys and values; return all of them."""
-        self.columns += key_states.shape[-2]
+        if torch.compiler.is_compiling():
+            self._columns = None  # a number here would be one more graph for every length
+        else:
+            self.columns += key_states.shape[-2]
         return self.inner.update(key_states, value_states, *args, **kwargs)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -261,19 +321,40 @@ class ElasticCacheLayer(CacheLayerMixin):
             bool ``[rows, columns]``: what is no padding; None: all.
         """
         sink, local = plan.streaming.blocks(plan.block_size)
-        if type(self.inner) is not DynamicLayer:
+        if type(self.inner) not in (DynamicLayer, StaticLayer):
             return
-        if self.columns <= (sink + local + SPARE) * plan.block_size:
+        room = self.inner.get_max_length()
+        if max(room, self.columns) <= (sink + local + SPARE) * plan.block_size:
             return  # there is nothing to give yet
         sizes = {"sink": sink, "local": local, "page_size": plan.block_size}
         keys, values = self.inner.keys, self.inner.values
         assert keys is not None and values is not None
+        keys, values = keys[:, :, : self.columns], values[:, :, : self.columns]
+        sizes["room"] = room
         self.inner = PagedLayer(keys, values, plan.modes, valid, **sizes)
+
+    def end_prompt(self, plan: HeadPlan | None, valid: Tensor | None) -> None:
+        """A pass that read a prompt is over: a static cache is made ready for compiled steps.
+
+        Parameters
+        ----------
+        plan, valid
+            See :meth:`give_back`; no plan keeps everything.
+        """
+        if plan is not None:
+            self.give_back(plan, valid)
+        if isinstance(self.inner, PagedLayer):
+            self.inner.stay()
+        memory = self.memory
+        for tensor in () if memory is None else (memory.decisions, memory.trail):
+            if tensor is not None:
+                torch._dynamo.mark_static_address(tensor)
 
     def reset(self) -> None:
         """Start over with the same objects."""
         if isinstance(self.inner, PagedLayer):
-            self.inner = DynamicLayer()
+            room = self.inner.room
+            self.inner = DynamicLayer() if room is None else StaticLayer(room)
         self.inner.reset()
         self.columns, self.memory = int(self.inner.get_seq_length()), None
 
@@ -283,11 +364,10 @@ class ElasticCacheLayer(CacheLayerMixin):
         if isinstance(self.inner, PagedLayer):
             self._crop_pages(self.inner, tokens_to_remove)
             return
-        before = self.inner.get_seq_length()
-        before = before if isinstance(before, int) else None
+        held, before = self.columns, self.inner.get_seq_length()
         self.inner.crop(tokens_to_remove)
-        if before is None:  # it counts on the device, and takes negative numbers only
-            self.columns = max(self.columns + tokens_to_remove, 0)
+        if not isinstance(before, int):  # it counts on the device, and takes negative numbers only
+            self.columns = max(held + tokens_to_remove, 0)
         else:
             self.columns = self.inner.get_seq_length()
         if self.memory is not None and self.memory.columns > self.columns:

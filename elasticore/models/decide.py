@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from elasticore.errors import ElasticoreError
 from elasticore.models.cache import ElasticCacheLayer, Memory, elastic_layer
@@ -47,6 +48,12 @@ def plan_layer(
     memory = _memory(layer, state, past, layout)
     queries = hidden.shape[1]
     if memory.decisions is None or one.reads_prompt(queries):
+        if isinstance(layer.inner, PagedLayer) and not memory.generated:
+            raise ElasticoreError(
+                "a static cache gives the memory of streaming heads back as soon as a prompt is "
+                "read, so a prompt cannot come in chunks: prefill it whole, or attend with "
+                "cache='dense'."
+            )
         if isinstance(layer.inner, PagedLayer) and state.way.turn == "renew":
             raise ElasticoreError(
                 "a further prompt is to be routed anew, but streaming heads have given their "
@@ -54,6 +61,12 @@ def plan_layer(
                 "cache='dense'; or prefill the whole text again."
             )
         planned = _with_prompt(attention, state, one, hidden, layout, memory, past)
+        if type(layer.inner) is StaticLayer and not getattr(cache, "offloading", False):
+            plan = state.way.plan(planned.decisions, short=True) if state.way.gives_back else None
+            one.prompts.append((layer, plan, layout.valid))
+            boundary = getattr(_router(attention), "boundary", None)
+            if boundary and plan is None and state.way.turn == "renew":
+                memory.trail = hidden.new_zeros(len(hidden), 2 * boundary, hidden.shape[2])
     else:
         memory.generated = True
         if getattr(_router(attention), "boundary", None) != 0:
@@ -61,13 +74,15 @@ def plan_layer(
             memory.put_off(hidden, valid, partial(state.family.project, attention))
         planned = _as_before(state, memory, layout, past + queries, queries)
         # What is offloaded is elsewhere just now.
-        if state.way.gives_back and past and not getattr(cache, "offloading", False):
+        dynamic = type(layer.inner) is DynamicLayer  # a static one did when its prompt was read
+        if state.way.gives_back and past and dynamic and not getattr(cache, "offloading", False):
             before = None if layout.valid is None else layout.valid[:, :past]
             layer.give_back(planned.plan, before)
     if isinstance(layer.inner, PagedLayer):
         layer.inner.own = None if layout.valid is None else layout.valid[:, past : past + queries]
     planned.layer = layer
     memory.columns, memory.valid = past + queries, layout.valid
+    memory.plain = layout.order is None and layout.ends is None
     return planned
 
 
@@ -105,7 +120,14 @@ def _with_prompt(
     router, project = _router(attention), partial(state.family.project, attention)
     boundary, queries = getattr(router, "boundary", None), hidden.shape[1]
     ends: Ends | None = None
-    if boundary != 0:
+    renews = memory.decisions is None or not memory.generated or state.way.turn == "renew"
+    if memory.lost and renews and boundary != 0:
+        raise ElasticoreError(
+            "a prompt is to be routed anew after tokens that a compiled model generated, of which "
+            "not enough was kept to route from: attend with turn='keep', generate without "
+            "compilation, or prefill the whole text again."
+        )
+    if boundary != 0 and not memory.lost:
         memory.settle(project)
         prompt = one.prompt_lengths(layout)
         if past and memory.decisions is None:  # a cut took the decision: all there is decides
@@ -113,7 +135,7 @@ def _with_prompt(
         ends = _ends(boundary, hidden, layout, prompt, project)
         ends = ends if memory.ends is None else memory.ends + ends
     decided: Routing | None = None
-    if memory.decisions is None or not memory.generated or state.way.turn == "renew":
+    if renews:
         decided = _decide(attention, router, ends, layout, hidden)
         one.decided(state.index, decided)
         memory.decisions, memory.plans = decided.decisions, {}

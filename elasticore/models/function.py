@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -13,6 +14,7 @@ from elasticore.errors import ElasticoreError
 from elasticore.models.attend import attend
 from elasticore.models.passes import PASS
 from elasticore.models.state import IMPLEMENTATION, STATE, LayerState
+from elasticore.models.step import Step, attend_step
 
 __all__ = ["ORIGINAL", "register"]
 
@@ -20,8 +22,6 @@ ORIGINAL = "_elasticore_original_implementation"
 """Attribute of an elastic model's config: the implementation that its local layers keep."""
 
 
-# One opaque call per layer: it reads context variables, and some backends read the host.
-@torch.compiler.disable
 def attention_function(
     module: nn.Module,
     query: Tensor,
@@ -33,6 +33,24 @@ def attention_function(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """One attention call for all heads of an elastic layer, in transformers' own signature."""
+    one = kwargs.get(PASS)
+    if isinstance(one, Step):
+        out = attend_step(module, query, key, value, attention_mask, scaling, one)
+        return out.transpose(1, 2).contiguous(), None
+    return _attention(module, query, key, value, scaling, dropout, kwargs)
+
+
+# One opaque call per layer: it reads context variables, and some backends read the host.
+@torch.compiler.disable
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, None]:
     if not isinstance(getattr(module, STATE, None), LayerState) or PASS not in kwargs:
         raise ElasticoreError(
             f"attn_implementation={IMPLEMENTATION!r} is set by elasticore.elasticize(model), which "
@@ -60,6 +78,7 @@ def mask_function(
     batch_size: int,
     q_length: int,
     kv_length: int,
+    q_offset: int | Tensor = 0,
     kv_offset: int = 0,
     attention_mask: Tensor | None = None,
     config: Any = None,
@@ -77,6 +96,7 @@ def mask_function(
             batch_size=batch_size,
             q_length=q_length,
             kv_length=kv_length,
+            q_offset=q_offset,
             kv_offset=kv_offset,
             attention_mask=attention_mask,
             config=config,
@@ -87,7 +107,12 @@ def mask_function(
             "attention_mask: this model adds a mask of its own (or_mask_function or "
             "and_mask_function); elastic attention is causal, with padding and packing only."
         )
-    return None if attention_mask is None else attention_mask[:, kv_offset:]
+    if attention_mask is None:
+        return None
+    mask = attention_mask[:, kv_offset:]
+    short = kv_length - mask.shape[1]
+    # A static cache: of one length, so that its decoding is compiled once.
+    return pad(mask, (0, short)) if isinstance(q_offset, Tensor) and short > 0 else mask
 
 
 def register() -> None:

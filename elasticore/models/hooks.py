@@ -11,7 +11,8 @@ cache.
 3. :func:`~elasticore.models.attend.attend`, in the attention, runs all heads in one call.
 4. ``end_pass``, after the base model, closes what is recorded.
 
-All are opaque to torch.compile: they read what a compiler would have to guard on.
+They are opaque to torch.compile, as they read what a compiler would have to guard on, but for a
+step of decoding on a static cache (:mod:`~elasticore.models.step`), which needs none of them.
 """
 
 from __future__ import annotations
@@ -26,17 +27,24 @@ from elasticore.errors import ElasticoreError
 from elasticore.models.decide import plan_layer
 from elasticore.models.passes import PASS, Pass, pass_of
 from elasticore.models.state import IMPLEMENTATION, PARALLEL, STATE, LayerState
+from elasticore.models.step import Step, begin_step, is_step
+from elasticore.models.versions import CACHE
 
 __all__ = ["begin_base", "begin_pass", "end_pass", "route"]
 
 
-@torch.compiler.disable
 def begin_pass(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Forward pre-hook of a model with a head: note which tokens logits are asked for."""
+    if torch.compiler.is_compiling() and is_step(args, kwargs):
+        return args, kwargs
+    return _begin_pass(args, kwargs)
+
+
+@torch.compiler.disable
+def _begin_pass(args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     return args, {**kwargs, PASS: pass_of(kwargs)}
 
 
-@torch.compiler.disable
 def begin_base(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Forward pre-hook of the base model: the pass starts."""
     implementation = module.config._attn_implementation  # type: ignore[union-attr]
@@ -45,6 +53,13 @@ def begin_base(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[An
             f"attn_implementation was set to {implementation!r} on an elastic model; call "
             "elasticore.restore(model) first, and elasticize it again if you like."
         )
+    if torch.compiler.is_compiling() and is_step(args, kwargs):
+        return args, {**kwargs, PASS: Step(kwargs[CACHE])}
+    return _begin_base(module, args, kwargs)
+
+
+@torch.compiler.disable
+def _begin_base(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     one = pass_of(kwargs)
     one.begin(torch.is_grad_enabled())
     parallel = getattr(module, PARALLEL, None)
@@ -61,21 +76,38 @@ def begin_base(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[An
     return args, {**kwargs, PASS: one}
 
 
-@torch.compiler.disable
 def end_pass(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
     """Forward hook of the base model: the pass is over."""
     one = kwargs.get(PASS)
-    if isinstance(one, Pass) and one.traces:
+    if isinstance(one, Pass):
+        _end_pass(module, one)
+
+
+@torch.compiler.disable
+def _end_pass(module: nn.Module, one: Pass) -> None:
+    for layer, plan, valid in one.prompts:
+        layer.end_prompt(plan, valid)
+    if one.traces:
         _wait(module)
         for trace in one.traces:
             trace.finish(one, time.perf_counter() - one.started)
 
 
-@torch.compiler.disable
 def route(
     attention: nn.Module, args: Any, kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]] | None:
     """Forward pre-hook of an attention module: decide for its heads, from its input."""
+    one = kwargs.get(PASS)
+    if isinstance(one, Step):
+        begin_step(attention, args, kwargs, one)
+        return None
+    return _route(attention, args, kwargs)
+
+
+@torch.compiler.disable
+def _route(
+    attention: nn.Module, args: Any, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]] | None:
     state: LayerState = getattr(attention, STATE)
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     one = kwargs.get(PASS)

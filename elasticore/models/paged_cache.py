@@ -40,8 +40,10 @@ class PagedLayer(CacheLayerMixin):
         int32 ``[rows, kv_heads, blocks]``: see :class:`elasticore.Pages`.
     lengths
         int64 ``[rows]``: valid tokens.
+    room
+        Positions that there is room for, once and for all; None: pages grow.
     columns
-        Positions held, padding among them.
+        Positions held, padding among them; with ``room`` counted on the device.
     streams
         Per row and head, whether it streams.
     own
@@ -60,6 +62,7 @@ class PagedLayer(CacheLayerMixin):
         sink: int,
         local: int,
         page_size: int,
+        room: int = -1,
     ) -> None:
         """Take over what a dense layer holds.
 
@@ -76,24 +79,31 @@ class PagedLayer(CacheLayerMixin):
             What streaming heads read, in blocks.
         page_size
             Tokens of a block.
+        room
+            Positions that there shall be room for; -1: pages grow.
         """
         super().__init__()
-        rows, _, self.columns, self.dim = keys.shape
+        rows, _, columns, self.dim = keys.shape
+        self.room = None if room < 0 else room
         self.dtype, self.device = keys.dtype, keys.device
         self.sink, self.local, self.page_size = sink, local, page_size
         self.ring, self.below = local + SPARE, 0
         self.own: Tensor | None = None
         self.is_initialized = True
         self.streams = (modes == int(HeadMode.STREAMING)).tolist()
-        self.lengths = torch.full((rows,), self.columns, device=self.device)
+        self.is_compileable = self.room is not None
+        self.columns: int | Tensor = columns
+        if self.room is not None:
+            self.columns = torch.tensor(columns, device=self.device)
+        self.lengths = torch.full((rows,), columns, device=self.device)
         if valid is not None:
             self.lengths = valid.sum(1)
             order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)[:, None, :, None]
             keys, values = (x.gather(2, order.expand_as(x)) for x in (keys, values))
-        blocks = -(-self.columns // page_size)
-        short = blocks * page_size - self.columns
+        blocks = -(-columns // page_size)
+        short = blocks * page_size - columns
         old = [pad(x, (0, 0, 0, short)).unflatten(2, (blocks, page_size)) for x in (keys, values)]
-        self._arrange(self.columns)
+        self._arrange(columns)
         kept = self._kept(blocks, self.ring)
         place = self.table[:, :, :blocks][kept].long()
         self.pool[place, :, : self.dim] = old[0][kept]
@@ -102,6 +112,8 @@ class PagedLayer(CacheLayerMixin):
     def _arrange(self, tokens: int) -> None:
         """New pages for so many tokens of each row and some more, with nothing in them."""
         blocks = -(-(tokens + min(STEP, tokens // 8)) // self.page_size) + 1
+        if self.room is not None:
+            blocks = -(-self.room // self.page_size)
         block, page = torch.arange(blocks), 1 + NOWHERE
         turning = torch.where(block < self.sink, block, self.sink + (block - self.sink) % self.ring)
         streaming = min(blocks, self.sink + self.ring)
@@ -141,8 +153,9 @@ class PagedLayer(CacheLayerMixin):
             index = torch.tensor(rows, device=self.device)
             self.streams = [self.streams[row] for row in rows]
             self.lengths, table = self.lengths[index], table[index]
-        self._arrange(self.columns + tokens)
-        blocks = -(-self.columns // self.page_size)
+        columns = int(self.columns)
+        self._arrange(columns + tokens)
+        blocks = -(-columns // self.page_size)
         kept = self._kept(blocks, min(self.ring, held))
         self.pool[self.table[:, :, :blocks][kept].long()] = pool[table[:, :, :blocks][kept].long()]
 
@@ -166,7 +179,7 @@ class PagedLayer(CacheLayerMixin):
         """Add keys and values; return these alone, as all others are in pages."""
         tokens = key_states.shape[2]
         ring = self.local + SPARE + -(-(tokens - 1) // self.page_size)
-        full = self.columns + tokens > self.table.shape[2] * self.page_size
+        full = self.room is None and self.columns + tokens > self.table.shape[2] * self.page_size
         if full or ring > self.ring or (tokens == 1 and ring < self.ring):
             # A pass of several blocks needs the window of its first query and its own keys.
             self._rearrange(tokens, max(ring, self.ring) if tokens > 1 else ring)
@@ -180,22 +193,32 @@ class PagedLayer(CacheLayerMixin):
             page = torch.where(own[:, None], page, NOWHERE)
         slot = (position.clamp(min=0) % self.page_size)[:, None].expand(-1, heads, -1)
         self.pool[page, slot] = torch.cat((key_states, value_states), -1).to(self.dtype)
-        self.lengths = self.lengths + (tokens if own is None else own.sum(1))
-        self.columns += tokens
+        if self.room is None:
+            self.lengths = self.lengths + (tokens if own is None else own.sum(1))
+        else:  # where a graph finds it
+            self.lengths.add_(tokens if own is None else own.sum(1))
+        self.columns += tokens  # in place on the device
         self.below = max(self.below - tokens, 0)
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the positions, as if all were there."""
-        return self.columns + query_length, 0
+        if self.room is not None:
+            return self.room, 0
+        return int(self.columns) + query_length, 0
 
-    def get_seq_length(self) -> int:
-        """Positions held."""
+    def get_seq_length(self) -> Any:
+        """Positions held: an int, or a tensor on the device."""
         return self.columns
 
     def get_max_length(self) -> int:
-        """No limit."""
-        return -1
+        """Positions that there is room for; -1 if there is no limit."""
+        return -1 if self.room is None else self.room
+
+    def stay(self) -> None:
+        """Tell ``torch.compile`` that all tensors stay where they are, for CUDA graphs."""
+        for tensor in (self.pool, self.table, self.lengths, self.columns):
+            torch._dynamo.mark_static_address(tensor)
 
     def cut(self, columns: int, gone: Tensor | int) -> None:
         """Take positions off the end.
@@ -221,7 +244,10 @@ class PagedLayer(CacheLayerMixin):
             )
         self.below += columns
         self.columns -= columns
-        self.lengths = self.lengths - gone
+        if self.room is None:
+            self.lengths = self.lengths - gone
+        else:
+            self.lengths.sub_(gone)
 
     def offload(self) -> None:
         """Move everything to the CPU."""

@@ -59,6 +59,7 @@ class Pass:
         self.layouts: dict[torch.device, PassLayout] = {}
         self.past: int | None = None
         self.traces: tuple[Trace, ...] = ()
+        self.prompts: list[tuple[ElasticCacheLayer, HeadPlan | None, Tensor | None]] = []
         self.gradients = False
         self.started = 0.0
 

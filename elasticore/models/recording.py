@@ -209,6 +209,11 @@ def record() -> Iterator[Trace]:
         _traces.reset(token)
 
 
+def anyone_records() -> bool:
+    """Whether any :func:`record` block is open, in whatever thread."""
+    return len(_open) > 0
+
+
 def active_traces() -> tuple[Trace, ...]:
     """The traces that see a pass of this thread."""
     own = _traces.get()
