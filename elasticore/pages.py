@@ -95,29 +95,23 @@ class Pages:
         """Tokens that a sequence can have, which is all that the host knows of its length."""
         return self.table.shape[2] * self.page_size
 
-    def segments(self, q: Tensor, layout: SequenceLayout) -> Segments:
-        """Where the queries lie, and how many keys each sequence has.
+    def check(self, batch: int, layout: SequenceLayout) -> None:
+        """Raise ``ValueError`` unless queries ``[batch, ...]`` lie so that they fit the sequences.
 
-        Of a sequence with more queries than keys, only the last ones are its own.
-
-        Parameters
-        ----------
-        q
-            ``[B, Hq, Tq, D]``.
-        layout
-            Dense: a row for each sequence. Packed, with ``cu_queries``: one row holds all.
-
-        Raises
-        ------
-        ValueError
-            If the layout is another, or has another number of sequences.
+        Dense: a row for each sequence. Packed, with ``cu_queries``: one row holds all.
         """
-        batch, _, queries, _ = q.shape
         if layout.kind == "padded" or layout.sequences(batch) != len(self.lengths):
             raise ValueError(
                 f"layout must be dense or packed with the {len(self.lengths)} sequences of pages, "
                 f"got a {layout.kind} one of {layout.sequences(batch)}."
             )
+
+    def segments(self, q: Tensor, layout: SequenceLayout) -> Segments:
+        """Where the queries ``[B, Hq, Tq, D]`` lie, and how many keys each sequence has.
+
+        Of a sequence with more queries than keys, only the last ones are its own.
+        """
+        batch, _, queries, _ = q.shape
         found = layout.segments(batch, queries, queries, q.device)
         own = torch.minimum(found.query_length, self.lengths)
         return Segments(

@@ -90,7 +90,7 @@ def check_paged(
             f"q must have head_dim {dim} and a multiple of {kv_heads} heads, as pages have, got "
             f"{list(q.shape)}."
         )
-    pages.segments(q, layout)
+    pages.check(q.shape[0], layout)
     decisions = plan.decisions
     if decisions.device != q.device or decisions.shape != pages.table.shape[:2]:
         raise ValueError(

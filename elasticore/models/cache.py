@@ -274,7 +274,7 @@ class ElasticCacheLayer(CacheLayerMixin):
             return False
         if isinstance(self.inner, PagedLayer):
             return self.inner.room is not None
-        return type(self.inner) is StaticLayer and memory.plain
+        return isinstance(self.inner, StaticLayer)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """See the layer inside, as for all that follows."""

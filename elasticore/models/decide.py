@@ -61,7 +61,7 @@ def plan_layer(
                 "cache='dense'; or prefill the whole text again."
             )
         planned = _with_prompt(attention, state, one, hidden, layout, memory, past)
-        if type(layer.inner) is StaticLayer and not getattr(cache, "offloading", False):
+        if isinstance(layer.inner, StaticLayer) and not getattr(cache, "offloading", False):
             plan = state.way.plan(planned.decisions, short=True) if state.way.gives_back else None
             one.prompts.append((layer, plan, layout.valid))
             boundary = getattr(_router(attention), "boundary", None)

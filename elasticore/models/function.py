@@ -111,8 +111,9 @@ def mask_function(
         return None
     mask = attention_mask[:, kv_offset:]
     short = kv_length - mask.shape[1]
-    # A static cache: of one length, so that its decoding is compiled once.
-    return pad(mask, (0, short)) if isinstance(q_offset, Tensor) and short > 0 else mask
+    # Of one length in front of a cache with room for more, so that its decoding is compiled once.
+    room = isinstance(q_offset, Tensor) or mask.shape[1] >= q_offset + q_length - kv_offset
+    return pad(mask, (0, short)) if room and short > 0 else mask
 
 
 def register() -> None:

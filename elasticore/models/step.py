@@ -55,10 +55,10 @@ def begin_step(
 ) -> None:
     """Before a layer's attention: note its input, and tell pages which rows' tokens are none."""
     layer = step.cache.layers[attention.layer_idx]
-    column = layer.get_seq_length().view(1)
+    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    column = torch.zeros(1, dtype=torch.int64, device=hidden.device) + layer.get_seq_length()
     trail, mask = layer.memory.trail, kwargs.get("attention_mask")
     if trail is not None:
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         trail.index_copy_(1, column % trail.shape[1], hidden.detach())
     if isinstance(layer.inner, PagedLayer) and mask is not None:
         layer.inner.own = mask.index_select(1, column).bool()
@@ -80,8 +80,8 @@ def attend_step(
     q, k, v
         ``[B, Hq, 1, D]`` and ``[B, Hkv, columns, D]``, filled or not; over pages the new ones.
     mask
-        Bool ``[B, columns]``, or None: all tokens are valid. NaN comes out for a row that has
-        padding between its valid tokens, as what it had in the prompt is not looked at here.
+        Bool ``[B, columns]``, or None: all tokens are valid. NaN comes out for a row in which
+        padding has come between valid tokens only since the last pass that was not compiled.
     scale
         Factor on q·k; None for ``1 / sqrt(D)``.
     step
@@ -103,13 +103,24 @@ def attend_step(
     plan = state.way.plan(memory.decisions, short=True)
     if isinstance(layer.inner, PagedLayer):
         return paged_attention(q, layer.inner.pages, plan, scale=scale)
-    end = layer.inner.get_seq_length() - 1  # on the device
+    end = layer.inner.get_seq_length() - 1  # on the device, or on the host in front of a window
+    if isinstance(end, int) and end >= k.shape[2]:
+        raise ElasticoreError(
+            f"the cache has room for {k.shape[2]} tokens, and this would be one more; make one "
+            "with room for all that is to be generated."
+        )
     if mask is None:
-        last = end.expand(q.shape[0]).contiguous()
+        last = torch.zeros(q.shape[0], dtype=torch.int64, device=q.device) + end
         layout = SequenceLayout("padded", torch.zeros_like(last), last, last)
         return hybrid_head_attention(q, k, v, plan, layout=layout, scale=scale)
     place = torch.arange(k.shape[2], device=q.device)
     valid = mask.bool() & (place <= end)
+    if not memory.plain:  # padding between valid tokens: keys and values are put in order
+        order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)[:, None, :, None]
+        k, v = (x.gather(2, order.expand_as(x)) for x in (k, v))
+        last = valid.sum(1) - 1
+        layout = SequenceLayout("padded", torch.zeros_like(last), last, last.clamp(min=0))
+        return hybrid_head_attention(q, k, v, plan, layout=layout, scale=scale)
     first = torch.where(valid, place, k.shape[2]).amin(1)
     last = torch.where(valid, place, -1).amax(1)
     # A token that is padding is answered as if it stood at the row's last valid position.

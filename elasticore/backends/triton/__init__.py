@@ -142,18 +142,20 @@ class TritonAttention(HybridHeadAttention):
             with torch.cuda.device(q.device):
                 return self.attend_pages(q, pages, plan, layout=layout, scale=scale)
         sink, local = plan.streaming.blocks(plan.block_size)
+        dense = layout.kind == "dense"
         out, _ = decode.attention(
             q,
             pages.keys,
             pages.values,
             plan.modes,
-            pages.segments(q, layout),
+            None if dense else pages.segments(q, layout),
             None,
             scale=scale,
             sink=sink,
             local=local,
             block_size=plan.block_size,
             table=pages.table,
+            lengths=pages.lengths if dense else None,
         )
         return out
 

@@ -61,6 +61,7 @@ def attention(
     split: int | None = None,
     tile: Tile | None = None,
     table: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of every head in its mode, for up to 16 queries per sequence.
 
@@ -94,8 +95,11 @@ def attention(
         last bits depend on them.
     table
         Where ``k`` and ``v`` are in pages, ``[pages, Hkv, page, D]``: int32
-        ``[sequences, Hkv, blocks]``, see :class:`elasticore.Pages`. ``segments`` gives the lengths,
-        and no start of keys counts.
+        ``[sequences, Hkv, blocks]``, see :class:`elasticore.Pages`. ``segments`` or ``lengths``
+        gives how many keys there are, and no start of keys counts.
+    lengths
+        Instead of ``segments``: int64 ``[B]``, the keys of each row of the batch, which is one
+        sequence. Of a row with more queries than keys, only the last ones are its own.
 
     Returns
     -------
@@ -131,13 +135,15 @@ def attention(
     if lists is not None:
         chosen = lists.to_mask(-(-keys // block_size)).view(torch.uint8)
         chosen_strides = [*chosen.stride()[:3]]
-    out, lse = outputs(q, dense=segments is None)
-    where = places(segments)
+    out, lse = outputs(q, dense=segments is None and lengths is None)
+    where = (*places(segments)[:4], lengths) if segments is None else places(segments)
     partial_out = partial_lse = None
     if not single:
         partial_out = q.new_empty(items, rows, dim, dtype=torch.float32)
         partial_lse = q.new_empty(rows, items, dtype=torch.float32)
 
+    # Keys behind a table are two loads away, each of which takes stages of the pipeline.
+    stages = tile.stages if table is None else 2 * tile.stages - 1
     modes = modes.contiguous()
     heads = sequences * kv_heads
     page, table_strides = 1, (0, 0)
@@ -157,7 +163,8 @@ def attention(
         padded_dim,
     )
     key = (
-        *(q.device, q.dtype, segments is None, lists is None, single, shape, tile),
+        *(q.device, q.dtype, segments is None, lengths is None, lists is None, single, shape),
+        tile,
         *(aligned(q, k, v), integers(*strides, *out.stride()[:3], *reads)),
         *(table is None, page),
     )
@@ -168,7 +175,7 @@ def attention(
             *(q, k, v, modes, *where, chosen, table, out, lse, partial_out, partial_lse),
             *(*strides, *table_strides, *out.stride()[:3], scale * math.log2(math.e)),
             *(heads, items, queries, keys, *reads, rows, *shape),
-            *(tile.rows, tile.keys, tile.stages, page),
+            *(tile.rows, tile.keys, stages, page),
         ),
         key,
         num_warps=tile.warps,
@@ -241,11 +248,14 @@ _TABLES += ["query_starts", "query_lengths", "key_starts", "key_lengths"]
 @triton.jit
 def _lengths(query_lengths, key_lengths, sequence, inside, queries, keys):
     """Queries and keys of ``sequence`` (one or a vector of them)."""
-    if query_lengths is None:
+    if key_lengths is None:
         return queries, keys
     else:
-        queries = tl.load(query_lengths + sequence, inside, 0).to(tl.int32)
-        return queries, tl.load(key_lengths + sequence, inside, 0).to(tl.int32)
+        keys = tl.load(key_lengths + sequence, inside, 0).to(tl.int32)
+        if query_lengths is None:
+            return tl.minimum(queries, keys), keys
+        else:
+            return tl.load(query_lengths + sequence, inside, 0).to(tl.int32), keys
 
 
 @triton.jit
@@ -312,6 +322,8 @@ def _attend(
             key_start = tl.load(key_starts + sequence)
             k += key_start * k_token
             v += key_start * v_token
+    elif key_lengths is not None:
+        query_start += queries - query_length
 
     d = tl.arange(0, BLOCK_D)
     row = tl.program_id(0) % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -438,6 +450,8 @@ def _merge(
     if sequence_rows is not None:
         batch_row = tl.load(sequence_rows + sequence)
         token += tl.load(query_starts + sequence)
+    elif key_lengths is not None:
+        token += queries - query_length
     target = out + batch_row * out_batch + query_head * out_head + token * out_token
     tl.store(target + d, (acc / total).to(out.dtype.element_ty), d < DIM)
     lse += (batch_row * KV_HEADS * GROUP + query_head) * queries + token
