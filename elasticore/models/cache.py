@@ -346,7 +346,10 @@ class ElasticCacheLayer(CacheLayerMixin):
         if isinstance(self.inner, PagedLayer):
             self.inner.stay()
         memory = self.memory
-        for tensor in () if memory is None else (memory.decisions, memory.trail):
+        if memory is None or memory.decisions is None:
+            return
+        memory.decisions = memory.decisions.contiguous()
+        for tensor in (memory.decisions, memory.trail):
             if tensor is not None:
                 torch._dynamo.mark_static_address(tensor)
 

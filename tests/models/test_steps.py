@@ -256,3 +256,21 @@ def test_a_compiled_model_refuses_the_cache_of_another() -> None:
     one(prompts(), **cached(cache))
     with pytest.raises(Exception, match="filled by another model"):
         torch.compile(other, backend="eager", fullgraph=True)(tokens(3, 1), **cached(cache))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("kind", ["dense", "elastic"])
+def test_a_step_is_a_cuda_graph(kind: str, padded: bool) -> None:
+    model = tiny(head_dim=64, hidden_size=256).cuda()
+    elastic(model, ByContent, ways()[kind == "elastic"])
+    mask = torch.ones(3, 150, dtype=torch.long, device="cuda")
+    mask[1, : 60 * padded] = 0
+    given = {**SETTINGS, "max_new_tokens": 60, "attention_mask": mask}
+    config = CompileConfig(fullgraph=True)  # for CUDA graphs by default
+    compiled = {"cache_implementation": "static", "compile_config": config}
+    # A second prompt of the same size is decided and written anew.
+    for rows in (prompts().cuda(), tokens(3, 150, 9).cuda()):
+        expected = model.generate(rows, **given)
+        assert torch.equal(model.generate(rows, **given, **compiled), expected)
