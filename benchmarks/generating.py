@@ -12,7 +12,9 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -58,8 +60,8 @@ class Way:
 
     def __str__(self) -> str:
         name = "sdpa" if self.share is None else f"elastic {self.share:g}"
-        kind = "" if self.share is None or self.cache == "elastic" else f", {self.cache} cache"
-        return f"{name}{kind}, {'compiled' if self.compiled else 'dynamic'}"
+        kind = "" if self.share is None or self.cache == "elastic" else f" {self.cache}"
+        return f"{name}{kind} {'static' if self.compiled else 'dynamic'}"
 
 
 class Ticks(LogitsProcessor):
@@ -160,7 +162,7 @@ def measure(model: Any, way: Way, prompt: Tensor, tokens: int, sizes: ec.Elastic
         "ms_min": gaps and round(min(gaps), 3),
         "tokens": len(gaps),
         "tokens_per_second": ms and round(len(prompt) * 1e3 / ms, 1),
-        "cache_bytes": held(getattr(out, CACHE)),
+        "cache_gib": round(held(getattr(out, CACHE)) / 2**30, 3),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if gpu else None,
         "seconds": round(time.perf_counter() - since, 1),
         "logits": ticks.logits,
@@ -218,6 +220,7 @@ def main(
     result = {
         "what": "milliseconds per token of a model in the shape of Llama-3.1-8B, by generate",
         **environment(device),
+        "command": shlex.join(["python", "-m", "benchmarks.generating", *sys.argv[1:]]),
         "layers": layers,
         "cases": cases,
     }
@@ -226,7 +229,7 @@ def main(
             generator = torch.Generator().manual_seed(size + rows)
             prompt = torch.randint(0, config.vocab_size, (rows, size), generator=generator)
             case = _case(model, prompt.to(device), share, tokens, sizes, plain, check)
-            cases[f"{size}, batch {rows}"] = case
+            cases[f"{size}x{rows}"] = case
             if output is not None:  # what was measured so far is there, should the rest fail
                 output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if output is None:
@@ -274,7 +277,7 @@ def _case(
             "apart": difference,
         }
         cells = [found["ms"], found["ms_min"], found["tokens_per_second"]]
-        cells += [round(found["cache_bytes"] / 2**30, 3), found["peak_gib"], difference]
+        cells += [found["cache_gib"], found["peak_gib"], difference]
         table.add_row(str(way), *(str(x) for x in cells), str(found["seconds"]))
         console.print(f"{way}: {found['ms']} ms, apart {difference}", highlight=False)
     console.print(table)

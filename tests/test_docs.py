@@ -252,7 +252,7 @@ def test_tables_of_a_page_are_written_into_another(tables):
 @pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="the results are not here")
 def test_the_tables_of_the_readme_are_the_results(tables):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    names = ("real-model.md", "tiny.md", "benchmarks.md", "training.md")
+    names = ("real-model.md", "decoding.md", "tiny.md", "benchmarks.md", "training.md")
     pages = [(DOCS / name).read_text(encoding="utf-8") for name in names]
     written = dict(pair for page in pages for pair in tables.tables_of(page))
     assert set(re.findall("<!-- table:(.*) -->", readme)) <= set(written)
