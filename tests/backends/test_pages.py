@@ -68,7 +68,7 @@ def calls(draw: Any) -> tuple[Problem, int, int, bool]:
         lambda n: st.integers(-1, 1).map(lambda d: max(1, n * page + d))
     )
     lengths = [draw(edges) for _ in range(sequences if packed else 1)]
-    queries = [min(n, draw(st.integers(1, 8))) for n in lengths]
+    queries = [min(n, draw(st.integers(1, 8) | st.integers(1, 80))) for n in lengths]
     if not packed:
         lengths, queries = lengths * sequences, queries * sequences
     modes = [[draw(st.integers(0, 1)) for _ in range(2)] for _ in range(sequences)]
@@ -137,8 +137,8 @@ def test_the_pages_of_vllm(backend: str) -> None:
 
 @pytest.mark.parametrize("group", [1, 4, 7, 8])
 @pytest.mark.parametrize("dim", [64, 128])
-def test_few_queries_of_wide_heads(group: int, dim: int) -> None:
-    for queries in (1, 2, 16):
+def test_queries_of_wide_heads(group: int, dim: int) -> None:
+    for queries in (1, 2, 16, 150):
         one = problem(
             [queries] * 2, [300] * 2, [[0, 1], [1, 0]], group=group, dim=dim, packed=False
         )
@@ -146,11 +146,9 @@ def test_few_queries_of_wide_heads(group: int, dim: int) -> None:
         close(testing.run_paged(one, pages, "triton"), testing.dense_attention(one))
 
 
-def test_more_queries_than_it_can_are_refused_and_auto_takes_another() -> None:
+def test_a_backend_that_reads_no_pages_is_refused_and_auto_takes_another() -> None:
     one = problem([40], [80], [[0, 1]], packed=False)
     pages = testing.paged(one, 16)
-    with pytest.raises(ec.UnsupportedRequest, match="up to 128 rows of queries, not 160"):
-        testing.run_paged(one, pages, "triton")
     with pytest.raises(ec.UnsupportedRequest, match=r"it reads no pages|is not available"):
         testing.run_paged(one, pages, "flex")
     close(testing.run_paged(one, pages, "auto"), testing.dense_attention(one))
@@ -212,3 +210,34 @@ def test_calls_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
     } | changes
     with pytest.raises((TypeError, ValueError), match=message):
         ec.paged_attention(**arguments, backend="serial")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("queries", [1, 100])
+def test_a_cuda_graph_follows_the_table_and_the_lengths(queries: int) -> None:
+    one = problem([queries] * 2, [300] * 2, [[0, 1], [1, 0]], dim=64, packed=False)
+    first, second = (testing.paged(one, 32, seed=seed, by_head=False) for seed in (0, 1))
+    pages = dataclasses.replace(first, table=first.table.clone(), lengths=first.lengths.clone())
+
+    def call() -> torch.Tensor:
+        return ec.paged_attention(one.q, pages, one.plan, scale=one.scale, backend="triton")
+
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    graph.replay()
+    close(out, testing.dense_attention(one))
+    pages.keys.copy_(second.keys)
+    pages.values.copy_(second.values)
+    pages.table.copy_(second.table)
+    graph.replay()
+    close(out, testing.dense_attention(one))
+    pages.lengths.fill_(250)
+    graph.replay()
+    shorter = one._replace(k=one.k[:, :, :250], v=one.v[:, :, :250])
+    expected = testing.dense_attention(shorter)
+    for row, heads in ((0, slice(0, 4)), (1, slice(4, 8))):  # full ones: they have all pages
+        close(out[row, heads], expected[row, heads])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,42 +123,31 @@ class TritonAttention(HybridHeadAttention):
         return out
 
     def supports_pages(self, request: AttentionRequest) -> Verdict:
-        """As :meth:`supports`, without heads that select blocks, and for few queries."""
+        """As :meth:`supports`, without heads that select blocks."""
         if HeadMode.SELECTED in request.lanes:
             return Verdict(False, "heads that select blocks read no pages.")
-        rows = request.queries * request.query_heads // request.kv_heads
-        if rows > DECODE_ROWS:
-            return Verdict(
-                False, f"it reads pages for up to {DECODE_ROWS} rows of queries, not {rows}."
-            )
         return self.supports(request)
 
     def attend_pages(
         self, q: Tensor, pages: Pages, plan: HeadPlan, *, layout: SequenceLayout, scale: float
     ) -> Tensor:
         """See :meth:`HybridHeadAttention.attend_pages`."""
-        from elasticore.backends.triton import decode
+        from elasticore.backends.triton import decode, portable
 
         if q.is_cuda and q.device.index != torch.cuda.current_device():
             with torch.cuda.device(q.device):
                 return self.attend_pages(q, pages, plan, layout=layout, scale=scale)
         sink, local = plan.streaming.blocks(plan.block_size)
-        dense = layout.kind == "dense"
-        out, _ = decode.attention(
-            q,
-            pages.keys,
-            pages.values,
-            plan.modes,
-            None if dense else pages.segments(q, layout),
-            None,
-            scale=scale,
-            sink=sink,
-            local=local,
-            block_size=plan.block_size,
-            table=pages.table,
-            lengths=pages.lengths if dense else None,
-        )
-        return out
+        sizes: dict[str, Any] = {"scale": scale, "sink": sink, "local": local}
+        sizes["block_size"] = plan.block_size
+        tensors = q, pages.keys, pages.values, plan.modes
+        few = q.shape[2] * q.shape[1] // pages.keys.shape[1] <= DECODE_ROWS
+        if few and layout.kind == "dense":  # in a step of decoding nothing else is launched
+            sizes["lengths"] = pages.lengths
+            return decode.attention(*tensors, None, None, **sizes, table=pages.table)[0]
+        attention = decode.attention if few else portable.attention
+        segments = pages.segments(q, layout)
+        return attention(*tensors, segments, None, **sizes, table=pages.table)[0]
 
 
 def _reads_everything(q: Tensor, k: Tensor, plan: HeadPlan) -> bool:

@@ -24,7 +24,10 @@ __all__ = ["HOPPER_MISSING", "KERNELS", "TRAINING", "attention", "choose", "choo
 
 DECODE_QUERIES = 16
 """Queries of a sequence up to which the decode kernel runs a call."""
-KERNELS = {"decode": decode.attention, "portable": portable.attention}
+KERNELS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "decode": decode.attention,
+    "portable": portable.attention,
+}
 """The kernels by name; all take the same arguments."""
 if hopper is not None:
     KERNELS["hopper"] = hopper.attention

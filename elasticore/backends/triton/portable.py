@@ -89,6 +89,7 @@ def attention(
     sink: int,
     local: int,
     block_size: int,
+    table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of every head in its mode, in one launch after the schedule's.
 
@@ -111,6 +112,10 @@ def attention(
         What STREAMING heads read, in blocks.
     block_size
         16, 32, 64 or 128.
+    table
+        Where ``k`` and ``v`` are in pages, ``[pages, Hkv, page, D]``: int32
+        ``[sequences, Hkv, blocks]``, see :class:`elasticore.Pages`. Then no start of keys counts,
+        and there are no lists.
 
     Returns
     -------
@@ -125,25 +130,30 @@ def attention(
     tiling = tiling_of(capability(q.device), q.dtype, head_dim, block_size)
     q, scale = positive_scale(q, scale)
     out, lse = outputs(q, dense=segments is None)
+    keys, page, table_strides = k.shape[2], 1, (0, 0)
+    if table is not None:
+        page, keys = keys, keys * table.shape[2]
+        table = table if table.stride(2) == 1 else table.contiguous()
+        table_strides = (table.stride(0), table.stride(1))
     work = schedule(
         modes,
         segments,
         batch=batch,
         queries=queries,
-        keys=k.shape[2],
+        keys=keys,
         tile=tiling.rows,
         block_size=block_size,
         sink=sink,
         local=local,
     )
     padded_dim = next_power_of_two(head_dim)
-    descriptors = _has_descriptors(k) and _has_descriptors(v)
+    descriptors = table is None and _has_descriptors(k) and _has_descriptors(v)
     box = [1, 1, tiling.keys, padded_dim]
     indices, counts = listing(lists)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3])
     constants = (
         *(heads // kv_heads, head_dim, padded_dim, block_size),
-        *(tiling.rows, tiling.keys, tiling.stages, descriptors),
+        *(tiling.rows, tiling.keys, tiling.stages, descriptors, page),
     )
     launch(
         _attend,
@@ -158,11 +168,13 @@ def attention(
             *places(segments),
             indices,
             counts,
+            table,
             work.tiles,
             work.total,
             *strides,
+            *table_strides,
             queries,
-            k.shape[2],
+            keys,
             kv_heads,
             *listing_shape(lists),
             sink,
@@ -174,6 +186,7 @@ def attention(
             q.device,
             q.dtype,
             segments is None,
+            table is None,
             None if lists is None else (lists.indices.dtype, lists.counts.dtype),
             constants,
             tiling,
@@ -216,21 +229,25 @@ class _Descriptor(TensorDescriptor):
 
 @triton.jit(
     # Whatever grows with the batch or its lengths must not make Triton compile anew.
-    do_not_specialize=["queries", "keys", "kv_heads", "list_rows", "list_width", "sink", "local"],
+    do_not_specialize=[
+        "queries", "keys", "kv_heads", "list_rows", "list_width", "sink", "local",
+        "table_sequence", "table_head",
+    ],
     do_not_specialize_on_alignment=[
         "modes", "batch_rows", "query_starts", "query_lengths", "key_starts", "key_lengths",
-        "indices", "counts",
+        "indices", "counts", "table",
     ],
 )  # fmt: skip
 def _attend(
     q, k, v, out, lse,
     modes, batch_rows, query_starts, query_lengths, key_starts, key_lengths,
-    indices, counts, tiles, total,
+    indices, counts, table, tiles, total,
     q_batch, q_head, q_token, k_batch, k_head, k_token,
-    v_batch, v_head, v_token, out_batch, out_head, out_token,
+    v_batch, v_head, v_token, out_batch, out_head, out_token, table_sequence, table_head,
     queries, keys, kv_heads, list_rows, list_width, sink, local, scale,
     GROUP: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    PAGE: tl.constexpr,
 ):  # fmt: skip
     # A program computes ROWS queries of one query head: it visits the key tiles of its row block in
     # ascending order and keeps the running maximum and sum of the softmax (in base 2), and the
@@ -276,8 +293,14 @@ def _attend(
     q_rows = q + batch_row * q_batch + head.to(tl.int64) * q_head + token[:, None] * q_token
     query = tl.load(q_rows + column[None, :], inside, 0.0)
     if not DESCRIPTORS:
-        k += batch_row * k_batch + kv_head.to(tl.int64) * k_head
-        v += batch_row * v_batch + kv_head.to(tl.int64) * v_head
+        k += kv_head.to(tl.int64) * k_head
+        v += kv_head.to(tl.int64) * v_head
+        if table is None:
+            k += batch_row * k_batch
+            v += batch_row * v_batch
+        else:
+            table += sequence.to(tl.int64) * table_sequence + kv_head * table_head
+            key_start = tl.zeros_like(key_start)
 
     largest = tl.full([ROWS], -float("inf"), tl.float32)
     mass = tl.zeros([ROWS], tl.float32)
@@ -289,18 +312,19 @@ def _attend(
             # A head without a list loads nothing: the mask stands for a branch.
             block = tl.where(listed, tl.load(listing + n // TILES, listed, 0).to(tl.int32), block)
         key = key_start + block * BLOCK + n % TILES * KEYS
-        key_tile = _load(k, batch_row, kv_head, key, k_token, None,
-                         DIM, PADDED_DIM, KEYS, DESCRIPTORS)  # fmt: skip
-        value_tile = _load(v, batch_row, kv_head, key, v_token, None,
-                           DIM, PADDED_DIM, KEYS, DESCRIPTORS)  # fmt: skip
+        key_tile = _load(k, table, batch_row, kv_head, key, k_batch, k_token, None, key_length,
+                         DIM, PADDED_DIM, KEYS, DESCRIPTORS, PAGE)  # fmt: skip
+        value_tile = _load(v, table, batch_row, kv_head, key, v_batch, v_token, None, key_length,
+                           DIM, PADDED_DIM, KEYS, DESCRIPTORS, PAGE)  # fmt: skip
         largest, mass, acc = visit(query, key_tile, value_tile, None, scale, largest, mass, acc)
     for start in tl.range(first // KEYS * KEYS, first + ROWS, KEYS, num_stages=STAGES):
         other = start + tl.arange(0, KEYS)
         within = other < key_length
-        key_tile = _load(k, batch_row, kv_head, key_start + start, k_token, within,
-                         DIM, PADDED_DIM, KEYS, DESCRIPTORS)  # fmt: skip
-        value_tile = _load(v, batch_row, kv_head, key_start + start, v_token, within,
-                           DIM, PADDED_DIM, KEYS, DESCRIPTORS)  # fmt: skip
+        key = key_start + start
+        key_tile = _load(k, table, batch_row, kv_head, key, k_batch, k_token, within, key_length,
+                         DIM, PADDED_DIM, KEYS, DESCRIPTORS, PAGE)  # fmt: skip
+        value_tile = _load(v, table, batch_row, kv_head, key, v_batch, v_token, within, key_length,
+                           DIM, PADDED_DIM, KEYS, DESCRIPTORS, PAGE)  # fmt: skip
         if DESCRIPTORS:
             # What follows the sequence may be NaN. Its scores are masked, but 0 * NaN is not 0.
             value_tile = tl.where(within[:, None], value_tile, 0.0)
@@ -315,8 +339,9 @@ def _attend(
 
 
 @triton.jit
-def _load(x, batch_row, head, key, stride, within, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
-          KEYS: tl.constexpr, DESCRIPTORS: tl.constexpr):  # fmt: skip
+def _load(x, table, batch_row, head, key, page_stride, stride, within, key_length,
+          DIM: tl.constexpr, PADDED_DIM: tl.constexpr, KEYS: tl.constexpr,
+          DESCRIPTORS: tl.constexpr, PAGE: tl.constexpr):  # fmt: skip
     """KEYS keys or values from ``key`` on; ``within``: which belong to the sequence, None for all.
 
     The others are zero, but with descriptors only outside the tensor.
@@ -326,7 +351,16 @@ def _load(x, batch_row, head, key, stride, within, DIM: tl.constexpr, PADDED_DIM
         tile = tile.reshape([KEYS, PADDED_DIM])
     else:
         column = tl.arange(0, PADDED_DIM)[None, :]
-        place = x + key * stride + (tl.arange(0, KEYS).to(tl.int64)[:, None] * stride + column)
+        step = tl.arange(0, KEYS).to(tl.int64)
+        if table is None:
+            place = x + key * stride + (step[:, None] * stride + column)
+        elif PAGE >= KEYS:  # all in one page, as tiles start at multiples of their size
+            page = tl.load(table + key // PAGE, key < key_length, 0).to(tl.int64)
+            place = x + page * page_stride + key % PAGE * stride + step[:, None] * stride + column
+        else:
+            page = tl.load(table + (key + step) // PAGE, key + step < key_length, 0).to(tl.int64)
+            place = page * page_stride + (key + step) % PAGE * stride
+            place = x + place[:, None] + column
         if within is not None:
             tile = tl.load(place, within[:, None] & (column < DIM), 0.0)
         elif DIM < PADDED_DIM:
