@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 
 from elasticore.errors import ElasticoreError
+from elasticore.memo import Memo
 from elasticore.models.ends import Ends
 from elasticore.models.layouts import PassLayout
 from elasticore.models.paged_cache import SPARE, PagedLayer
@@ -398,7 +399,7 @@ class ElasticCacheLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replace rows by others."""
         if isinstance(self.inner, PagedLayer):
-            self.inner.select(beam_idx.tolist())
+            self.inner.select(_listed(beam_idx))
         else:
             self.inner.reorder_cache(beam_idx)
         self._move(beam_idx)
@@ -406,7 +407,7 @@ class ElasticCacheLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some of the rows, given by their numbers or by a mask."""
         if isinstance(self.inner, PagedLayer):
-            self.inner.select(_numbers(indices).tolist())
+            self.inner.select(_listed(indices))
         else:
             self.inner.batch_select_indices(indices)
         self._move(indices)
@@ -433,6 +434,14 @@ def _numbers(rows: Any) -> Tensor:
     if rows.dtype == torch.bool:
         rows = rows.nonzero()
     return rows.long().flatten()
+
+
+_last_listed: Memo[list[int]] = Memo()
+
+
+def _listed(rows: Tensor) -> list[int]:
+    """:func:`_numbers` on the host, for which a device is waited for once in all layers."""
+    return _last_listed.get((), (rows,), rows.device, lambda: _numbers(rows).tolist())
 
 
 def _own(name: str) -> property:

@@ -147,14 +147,16 @@ class PagedLayer(CacheLayerMixin):
         rows
             What to take; None: all rows.
         """
-        pool, table, held = self.pool, self.table, self.ring
+        pool, table, held, streams = self.pool, self.table, self.ring, self.streams
         self.ring = held if ring is None else ring
         if rows is not None:
             index = torch.tensor(rows, device=self.device)
             self.streams = [self.streams[row] for row in rows]
             self.lengths, table = self.lengths[index], table[index]
         columns = int(self.columns)
-        self._arrange(columns + tokens)
+        # Rows that are routed as those in their places were, as beams are, find room there.
+        if rows is None or self.streams != streams:
+            self._arrange(columns + tokens)
         blocks = -(-columns // self.page_size)
         kept = self._kept(blocks, min(self.ring, held))
         self.pool[self.table[:, :, :blocks][kept].long()] = pool[table[:, :, :blocks][kept].long()]
