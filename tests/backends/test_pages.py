@@ -241,3 +241,18 @@ def test_a_cuda_graph_follows_the_table_and_the_lengths(queries: int) -> None:
     expected = testing.dense_attention(shorter)
     for row, heads in ((0, slice(0, 4)), (1, slice(4, 8))):  # full ones: they have all pages
         close(out[row, heads], expected[row, heads])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_compiled_call_is_one_graph(backend: str) -> None:
+    one = problem([1, 2], [40, 70], [[0, 1], [1, 0]])
+    pages = testing.paged(one, 16)
+    queries = ec.SequenceLayout.packed(one.layout.cu_queries)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def call(q: torch.Tensor, lengths: torch.Tensor, decisions: torch.Tensor) -> torch.Tensor:
+        plan = ec.HeadPlan(decisions, ec.Full(), ec.Streaming(16, 32), block_size=16, check=False)
+        here = ec.Pages(pages.keys, pages.values, pages.table, lengths)
+        return 1 * ec.paged_attention(q, here, plan, layout=queries, scale=0.2, backend=backend)
+
+    close(call(one.q, pages.lengths, one.plan.decisions), testing.dense_attention(one))
