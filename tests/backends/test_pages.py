@@ -256,3 +256,14 @@ def test_a_compiled_call_is_one_graph(backend: str) -> None:
         return 1 * ec.paged_attention(q, here, plan, layout=queries, scale=0.2, backend=backend)
 
     close(call(one.q, pages.lengths, one.plan.decisions), testing.dense_attention(one))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_operator_as_pytorch_checks_it(backend: str) -> None:
+    from elasticore import operator
+
+    one = problem([1, 1], [40, 40], [[0, 1], [1, 0]], packed=False)
+    pages = testing.paged(one, 16)
+    where = pages.keys, pages.values, pages.table, pages.lengths
+    sizes = 0, 1, 16, 32, 16, "dense", None, None, 0.2, backend
+    torch.library.opcheck(operator._paged_attention, (one.q, *where, one.plan.decisions, *sizes))
