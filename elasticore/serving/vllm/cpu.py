@@ -206,7 +206,7 @@ class Implementation(CPUAttentionBackendImpl):
             output[tokens] = whole(layer, query[tokens], key, value, kv_cache, part, out)
         if "answers" in routed:
             out = self._answers(routed["answers"], m, layer, query, key, value, kv_cache)
-            output[step.answers] = out.view_as(output[: len(out)])
+            output[step.answers] = out.view(len(step.answers), *output.shape[1:])
         elif len(step.answers):
             tokens, part = m.part("answers")
             out = torch.empty_like(output[: len(tokens)])
@@ -258,7 +258,7 @@ class Implementation(CPUAttentionBackendImpl):
             q, k, v = (x.transpose(0, 1)[None] for x in (query[own], keys, values))
             own_plan = plan.with_decisions(plan.decisions[number : number + 1])
             out = hybrid_head_attention(q, k, v, own_plan, scale=self.scale)
-            output[own] = out[0].transpose(0, 1).reshape(output[own].shape)
+            output[own] = out[0].transpose(0, 1).reshape(p.count, *output.shape[1:])
 
     def _answers(
         self,
