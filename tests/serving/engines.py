@@ -18,6 +18,7 @@ os.environ.update(
     VLLM_CPU_KVCACHE_SPACE="1",
     VLLM_CPU_OMP_THREADS_BIND="nobind",
     VLLM_NO_USAGE_STATS="1",
+    VLLM_LOGGING_LEVEL="ERROR",
     HF_HUB_OFFLINE="1",
 )
 
@@ -25,6 +26,7 @@ from vllm import LLM, SamplingParams, TokensPrompt
 
 import elasticore
 from elasticore import Elastic
+from elasticore.models.families import attention_layers, is_local
 from elasticore.serving.vllm.decisions import Decisions
 from elasticore.serving.vllm.report import Report
 from elasticore.serving.vllm.step import Step
@@ -38,12 +40,13 @@ class Engine:
     Attributes
     ----------
     decided
-        (tokens of the prompt, decisions int8 ``[layers, Hkv]``) of every prompt, as they ended.
+        (tokens of the prompt, decisions int8 ``[Hkv]`` by layer) of every prompt, as they ended;
+        several of each where vLLM keeps the layers in several groups.
     """
 
     def __init__(self, llm: LLM) -> None:
         self.llm = llm
-        self.decided: list[tuple[int, Tensor]] = []
+        self.decided: list[tuple[int, dict[int, Tensor]]] = []
 
     def answer(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
         """Greedy answers of ``tokens`` tokens, all prompts at once."""
@@ -58,7 +61,9 @@ class Engine:
 
 
 @contextmanager
-def engine(model: str | Path, way: Elastic | str | Path | None, **settings: Any) -> Iterator[Engine]:
+def engine(
+    model: str | Path, way: Elastic | str | Path | None, **settings: Any
+) -> Iterator[Engine]:
     """An engine that serves a model in a way; ``elasticore`` holds further settings of ours."""
     ours = settings.pop("elasticore", {})
     if way is not None:
@@ -70,22 +75,25 @@ def engine(model: str | Path, way: Elastic | str | Path | None, **settings: Any)
     def report(self: Report, step: Step, decisions: Decisions) -> None:
         original(self, step, decisions)
         rows = list(step.ended)
-        layers = [decisions.of(layer, step.page[rows]) for layer in decisions.backbone.elastic]
-        for row, own in zip(rows, torch.stack(layers, 1), strict=True):
-            made.decided.append((step.lengths[row], own.clone()))
+        for number, row in enumerate(rows):
+            own = {n: decisions.of(n, step.page[rows])[number].clone() for n in decisions.layers}
+            made.decided.append((step.lengths[row], own))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Report, "__call__", report)
-        yield made
-        made.llm.llm_engine.engine_core.shutdown()
+        try:
+            yield made
+        finally:
+            made.llm.llm_engine.engine_core.shutdown()
 
 
 def answers(
     model: Any, prompts: Sequence[Sequence[int]], tokens: int
-) -> tuple[list[list[int]], list[Tensor | None]]:
-    """What transformers answers, and what an elastic model decides: int8 ``[layers, Hkv]``."""
+) -> tuple[list[list[int]], list[dict[int, Tensor]]]:
+    """What transformers answers, and what an elastic model decides: int8 ``[Hkv]`` by layer."""
+    layers = [int(x.layer_idx) for x in attention_layers(model) if not is_local(x)]
     texts: list[list[int]] = []
-    decided: list[Tensor | None] = []
+    decided: list[dict[int, Tensor]] = []
     for prompt in prompts:
         ids = torch.tensor([list(prompt)])
         with elasticore.record() as trace:
@@ -93,11 +101,12 @@ def answers(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=tokens,
-                min_new_tokens=tokens,
+                eos_token_id=None,
                 do_sample=False,
             )
         texts.append(out[0, ids.shape[1] :].tolist())
-        decided.append(trace.decisions[:, 0] if elasticore.is_elastic(model) else None)
+        if elasticore.is_elastic(model):
+            decided.append(dict(zip(layers, trace.decisions[:, 0], strict=True)))
     return texts, decided
 
 

@@ -19,7 +19,7 @@ from .engines import Engine, answers, engine, prompts
 
 BACKBONE, ROUTER = assets() / "backbone", assets() / "router"
 LENGTHS = (1, 31, 32, 33, 700, 1100, 433, 64, 210, 1900, 150, 2, 820, 300)
-TOKENS = 24
+TOKENS = 40
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +30,14 @@ def backbone() -> Any:
 
 
 @pytest.fixture(scope="module")
-def asked(backbone: Any) -> list[list[int]]:
-    """Texts of the tiny model's own making, so that its routers see what they know."""
-    torch.manual_seed(0)
-    starts = torch.randint(3, backbone.config.vocab_size, (len(LENGTHS), 1))
-    text = backbone.generate(starts, do_sample=True, max_new_tokens=max(LENGTHS), min_new_tokens=max(LENGTHS))
-    return [row[:n].tolist() for row, n in zip(text, LENGTHS, strict=True)]
+def asked() -> list[list[int]]:
+    """Pieces of text, of which the tiny model's routers think differently."""
+    from transformers import AutoTokenizer
+
+    pages = sorted((Path(__file__).parents[2] / "docs").glob("*.md"))
+    text = "".join(page.read_text(encoding="utf-8") for page in pages)
+    ids = AutoTokenizer.from_pretrained(BACKBONE)(text)["input_ids"]
+    return [ids[2000 * i : 2000 * i + n] for i, n in enumerate(LENGTHS)]
 
 
 @pytest.fixture(scope="module", params=["full", "routed"])
@@ -50,14 +52,16 @@ def same_decisions(served: Engine, asked: list[list[int]], expected: list[Any]) 
     """Every prompt was decided as in transformers, as often as it came."""
     by_length = {len(prompt): own for prompt, own in zip(asked, expected, strict=True)}
     assert len(by_length) == len(asked)
-    assert {length for length, _ in served.decided} == set(by_length)
+    decided = {(length, layer) for length, own in served.decided for layer in own}
+    assert decided == {(length, layer) for length, own in by_length.items() for layer in own}
     for length, own in served.decided:
-        assert torch.equal(own, by_length[length])
+        for layer, decisions in own.items():
+            assert torch.equal(decisions, by_length[length][layer])
 
 
 def test_the_routers_part_the_prompts(reference: Any) -> None:
     _, _, decided = reference
-    assert len({tuple(own.flatten().tolist()) for own in decided}) > 2
+    assert len({str(own) for own in decided}) > 2
 
 
 def test_fourteen_requests_in_four_slots(reference: Any, asked: Any) -> None:
@@ -69,19 +73,20 @@ def test_fourteen_requests_in_four_slots(reference: Any, asked: Any) -> None:
 
 def test_preempted_requests_are_decided_as_before(reference: Any, asked: Any) -> None:
     prefill, expected, decided = reference
-    settings = {"elasticore": {"prefill": prefill}, "num_gpu_blocks_override": 72, "max_model_len": 2048}
-    with engine(BACKBONE, "tiny", **settings, max_num_seqs=14) as served:
-        assert served.answer(asked, TOKENS) == expected
+    few = [i for i, n in enumerate(LENGTHS) if n <= 300]
+    texts = [asked[i] for i in few]
+    settings = {"num_gpu_blocks_override": 24, "max_model_len": 512, "max_num_seqs": 9}
+    with engine(BACKBONE, "tiny", elasticore={"prefill": prefill}, **settings) as served:
+        assert served.answer(texts, TOKENS) == [expected[i] for i in few]
         assert served.counter("vllm:num_preemptions") > 0
-        assert len(served.decided) > len(asked)
-        same_decisions(served, asked, decided)
+        assert len(served.decided) > len(few)
+        same_decisions(served, texts, [decided[i] for i in few])
 
 
+@pytest.mark.parametrize("reference", ["full"], indirect=True)
 @pytest.mark.parametrize("budget", [33, 256])
 def test_chunks_and_shared_prefixes(reference: Any, asked: Any, budget: int) -> None:
-    prefill, expected, decided = reference
-    if prefill == "routed":
-        pytest.skip("prompts come whole then")
+    _, expected, decided = reference
     longer = [prompt + prompt[: len(prompt) // 2] for prompt in asked]
     with engine(BACKBONE, "tiny", max_num_batched_tokens=budget) as served:
         assert served.answer(asked, TOKENS) == expected
@@ -116,13 +121,15 @@ def test_tables_of_heads_keep_chunks_and_shared_prefixes(
 
 @pytest.mark.parametrize("decode", ["routed", "full"])
 def test_selectors_read_prompts(decode: Any, backbone: Any, asked: Any, tmp_path: Path) -> None:
-    way = dataclasses.replace(
-        Elastic.load(ROUTER), retrieval=XAttention(0.7, stride=8), decode=decode
-    )
-    some = asked[3:8]
+    way = dataclasses.replace(Elastic.load(ROUTER), retrieval=XAttention(8, 0.7), decode=decode)
+    some = asked[2:9]
     with way.on(backbone) as model:
         expected, decided = answers(model, some, TOKENS)
-    settings = {"elasticore": {"prefill": "routed"}, "num_gpu_blocks_override": 66, "max_model_len": 2048}
+    settings = {
+        "elasticore": {"prefill": "routed"},
+        "num_gpu_blocks_override": 66,
+        "max_model_len": 2048,
+    }
     with engine(BACKBONE, way.save(tmp_path), **settings) as served:
         assert served.answer(some, TOKENS) == expected
         same_decisions(served, some, decided)
@@ -161,14 +168,14 @@ def test_every_family(family: str, tmp_path: Path) -> None:
     spread(elasticore.elasticize(model, way))
     elasticore.way_of(model).save(tmp_path / "router")
     elasticore.restore(model)
-    asked = prompts((5, 150, 333, 64), 256)
-    for prefill in ("full", "routed"):
+    asked, known = prompts((5, 150, 333, 64), 256), {}
+    # vLLM has no class of its own for olmo2 and changes transformers' in its process: once only.
+    for prefill in ("full",) if family == "olmo2" else ("full", "routed"):
         way = dataclasses.replace(Elastic.load(tmp_path / "router"), prefill=prefill)
         with way.on(model):
-            expected, decided = answers(model, asked, 12)
-        ours = {"prefill": prefill}
-        with engine(
-            tmp_path / "model", tmp_path / "router", elasticore=ours, skip_tokenizer_init=True
-        ) as served:
+            known[prefill] = answers(model, asked, 12)
+    for prefill, (expected, decided) in known.items():
+        ours, own = {"prefill": prefill}, tmp_path / "router"
+        with engine(tmp_path / "model", own, elasticore=ours, skip_tokenizer_init=True) as served:
             assert served.answer(asked, 12) == expected
             same_decisions(served, asked, decided)

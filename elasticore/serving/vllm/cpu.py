@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class Backend(CPUAttentionBackend):
         return Builder
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Metadata(CPUAttentionMetadata):
     """What the layers of a step share.
 
@@ -62,30 +63,41 @@ class Metadata(CPUAttentionMetadata):
     common
         What vLLM said of the step.
     parts
-        vLLM's metadata of parts of the step, as they are asked for.
+        See :meth:`part`; made when a layer asks.
     """
 
-    step: Step | None = None
-    builder: Builder | None = None
-    common: CommonAttentionMetadata | None = None
-    parts: dict[str, CPUAttentionMetadata] = field(default_factory=dict)
+    step: Step
+    builder: Builder
+    common: CommonAttentionMetadata
+    parts: dict[str, tuple[Tensor, CPUAttentionMetadata]] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """What there is of the parts ``"prompts"`` and ``"answers"``."""
+        there = {"prompts": self.step.prompts, "answers": self.step.answers}
+        return [name for name, tokens in there.items() if len(tokens)]
+
+    def rows(self, name: str) -> Tensor:
+        """Of a part, the request that each of its sequences is of, int64 ``[n]``.
+
+        Prompts are sequences, and of answers every token is one.
+        """
+        prompts = self.step.prompts
+        return self.step.row if name == "answers" else torch.tensor([p.row for p in prompts])
 
     def part(self, name: str) -> tuple[Tensor, CPUAttentionMetadata]:
-        """The tokens (int64 ``[n]``) of the part ``"prompts"`` or ``"answers"``, and its metadata.
-
-        Every answer's token is a row of its own.
-        """
+        """The tokens (int64 ``[n]``) of a part, and vLLM's metadata of it alone."""
         step = self.step
-        if name == "answers":
-            tokens, rows, seen, count = step.answers, step.row, step.seen, torch.ones_like(step.row)
-        else:
-            parts = step.prompts
-            tokens = torch.cat([torch.arange(p.start, p.start + p.count) for p in parts])
-            rows, count, seen = torch.tensor([[p.row, p.count, p.past + p.count] for p in parts]).T
         if name not in self.parts:
-            table = self.block_table[rows]
-            self.parts[name] = self.builder.rows(self.common, count, seen, table)
-        return tokens, self.parts[name]
+            if name == "answers":
+                tokens, count, seen = step.answers, torch.ones_like(step.seen), step.seen
+            else:
+                each = step.prompts
+                tokens = torch.cat([torch.arange(p.start, p.start + p.count) for p in each])
+                count, seen = torch.tensor([(p.count, p.past + p.count) for p in each]).T
+            table = self.block_table[self.rows(name)]
+            self.parts[name] = tokens, self.builder.rows(self.common, count, seen, table)
+        return self.parts[name]
 
 
 class Builder(CPUAttentionMetadataBuilder):
@@ -100,14 +112,15 @@ class Builder(CPUAttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         found = started(vllm_config)
         layers = {extract_layer_index(name) for name in layer_names}
-        self.layers = layers & set(found.backbone.elastic) if found else set()
-        if not self.layers:
+        self.layers = layers & set(found.backbone.elastic if found else ())
+        if found is None or not self.layers:
             return
         self.way, self.report = found.way, Report(found.settings.log_requests)
         self.decisions = Decisions(found.way, found.backbone, self.layers)
         # The same builder for caches of one head.
         self._one_head = copy.copy(self)
-        self._one_head.num_heads, self._one_head.num_kv_heads = self.num_heads // self.num_kv_heads, 1
+        self._one_head.num_heads = self.num_heads // self.num_kv_heads
+        self._one_head.num_kv_heads = 1
         self.places = Places(self._write, self.block_size, self.head_dim, kv_cache_spec.dtype)
 
     def _write(self, keys: Tensor, values: Tensor, cache: Tensor) -> None:
@@ -188,29 +201,23 @@ class Implementation(CPUAttentionBackendImpl):
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
         """See vLLM's ``AttentionImpl``."""
-        m, whole = attn_metadata, super().forward
-        index = extract_layer_index(layer.layer_name)
+        whole, m = partial(super().forward, layer), attn_metadata
         routed: dict[str, HeadPlan] = {}
-        if isinstance(m, Metadata) and index in m.builder.layers:
-            routed = self._routed(index, m, kv_cache)
-        if not routed:
-            return whole(
-                layer, query, key, value, kv_cache, m, output, output_scale, output_block_scale
-            )
-        step = m.step
+        if isinstance(m, Metadata):
+            routed = self._routed(extract_layer_index(layer.layer_name), m, kv_cache)
+        if not routed or not isinstance(m, Metadata):
+            scales = (output_scale, output_block_scale)
+            return whole(query, key, value, kv_cache, m, output, *scales)
+        for name in m.names:
+            if name not in routed:
+                tokens, part = m.part(name)
+                out = torch.empty_like(output[: len(tokens)])
+                output[tokens] = whole(query[tokens], key, value, kv_cache, part, out)
         if "prompts" in routed:
             self._prompts(routed["prompts"], m, query, key, value, kv_cache, output)
-        elif step.prompts:
-            tokens, part = m.part("prompts")
-            out = torch.empty_like(output[: len(tokens)])
-            output[tokens] = whole(layer, query[tokens], key, value, kv_cache, part, out)
         if "answers" in routed:
             out = self._answers(routed["answers"], m, layer, query, key, value, kv_cache)
-            output[step.answers] = out.view(len(step.answers), *output.shape[1:])
-        elif len(step.answers):
-            tokens, part = m.part("answers")
-            out = torch.empty_like(output[: len(tokens)])
-            output[tokens] = whole(layer, query[tokens], key, value, kv_cache, part, out)
+            output[m.step.answers] = out.view(len(m.step.answers), *output.shape[1:])
         return output
 
     def _routed(self, index: int, m: Metadata, kv_cache: Tensor) -> dict[str, HeadPlan]:
@@ -219,6 +226,8 @@ class Implementation(CPUAttentionBackendImpl):
         Plans are of the prompts and of the answers' tokens, one sequence each.
         """
         builder, step = m.builder, m.step
+        if index not in builder.layers:
+            return {}
 
         def read(row: int, position: Tensor) -> Tensor:
             return builder.places.read(kv_cache, m.block_table[row], position)[0]
@@ -226,15 +235,12 @@ class Implementation(CPUAttentionBackendImpl):
         builder.decisions.decide(index, step, read, kv_cache.shape[0])
         if step.ended and index == max(builder.layers):
             builder.report(step, builder.decisions)
-        rows = {"prompts": torch.tensor([p.row for p in step.prompts]), "answers": step.row}
         found = {}
-        for part, row in rows.items():
-            if not len(row):
-                continue
-            decisions = builder.decisions.of(index, step.page[row])
-            plan = builder.way.plan(decisions, short=part == "answers")
+        for name in m.names:
+            decisions = builder.decisions.of(index, step.page[m.rows(name)])
+            plan = builder.way.plan(decisions, short=name == "answers")
             if bool((plan.modes != int(HeadMode.FULL)).any()):
-                found[part] = plan
+                found[name] = plan
         return found
 
     def _prompts(
@@ -272,7 +278,6 @@ class Implementation(CPUAttentionBackendImpl):
     ) -> Tensor:
         """Tokens of answers: each (token, KV head) a sequence of its own, over its own pages."""
         step, builder = m.step, m.builder
-        streaming = plan.modes == int(HeadMode.STREAMING)
         size = builder.block_size
         table, seen = near_pages(
             m.block_table[step.row],

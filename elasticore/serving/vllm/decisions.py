@@ -29,13 +29,19 @@ class Decisions:
         Its layers.
     layers
         The numbers of those that this is about.
+
+    Attributes
+    ----------
+    layers
+        The same, in order.
     """
 
     def __init__(self, way: Elastic, backbone: Backbone, layers: Collection[int]) -> None:
         self.backbone = backbone
         modules = dict(zip(backbone.elastic, way.policy.modules(backbone.shapes), strict=True))
         self._shape = dict(zip(backbone.elastic, backbone.shapes, strict=True))
-        self._routers = {layer: modules[layer].eval() for layer in sorted(layers)}
+        self.layers = tuple(sorted(layers))
+        self._routers = {layer: modules[layer].eval() for layer in self.layers}
         self._boundary = getattr(modules[min(layers)], "boundary", None)
         self._sparse: dict[int, Tensor] = {}  # int8 [pages, Hkv], or [1, Hkv] for all
 
@@ -86,8 +92,8 @@ class Decisions:
         return known.expand(len(page), -1) if self._boundary == 0 else known[page]
 
     def share(self, page: Tensor) -> Tensor:
-        """Ω_MSR, float ``[n]``, of these requests, over all layers."""
-        every = [self.of(layer, page) for layer in self._sparse]
+        """Ω_MSR, float ``[n]``, of these requests, over the layers."""
+        every = [self.of(layer, page) for layer in self.layers]
         return torch.stack(every).float().mean((0, 2))
 
 

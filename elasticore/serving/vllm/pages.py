@@ -83,7 +83,9 @@ class Places:
         head = torch.arange(cache.shape[1])[:, None]
         slot = position % self.page_size
         keys, values = _halves(cache)
-        return keys[page, head, self.keys[slot][:, None]], values[page, head, self.values[slot][:, None]]
+        return keys[page, head, self.keys[slot][:, None]], values[
+            page, head, self.values[slot][:, None]
+        ]
 
 
 def _halves(cache: Tensor) -> tuple[Tensor, Tensor]:

@@ -53,7 +53,7 @@ def install() -> None:
 def _followed(hook: type[VerifyAndUpdateConfig]) -> type[VerifyAndUpdateConfig]:
     """A hook, followed by :func:`configure`."""
 
-    class Hook(hook):  # type: ignore[misc, valid-type]
+    class Hook(hook):
         @staticmethod
         def verify_and_update_config(vllm_config: Any) -> None:
             hook.verify_and_update_config(vllm_config)

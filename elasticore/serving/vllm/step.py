@@ -90,7 +90,11 @@ class Step:
         page_size
             Tokens of a page.
         """
-        parts, ended, answers, rows, positions = [], [], [], [], []
+        parts: list[Prompt] = []
+        ended: list[int] = []
+        answers: list[int] = []
+        rows: list[int] = []
+        positions: list[int] = []
         for row, (start, stop, total, prompt) in enumerate(
             zip(starts[:-1], starts[1:], seen, prompts, strict=True)
         ):
@@ -105,5 +109,5 @@ class Step:
             positions += range(past + count + 1, total + 1)
         last = (torch.tensor(prompts, dtype=torch.int64) - 1).clamp(min=0) // page_size
         page = table.long().gather(1, last[:, None])[:, 0]
-        made = (torch.tensor(x, dtype=torch.int64) for x in (answers, rows, positions))
-        return cls(tuple(parts), tuple(ended), tuple(prompts), *made, page)
+        token, row_of, sees = torch.tensor([answers, rows, positions], dtype=torch.int64)
+        return cls(tuple(parts), tuple(ended), tuple(prompts), token, row_of, sees, page)
