@@ -97,7 +97,8 @@ test-transformers-%: .venv-transformers-%/.stamp
 	@touch $@
 
 test-vllm: .venv-vllm/.stamp  ## Test serving with vLLM, on its CPU engine
-	.venv-vllm/bin/python -m pytest -v --durations=10 --numprocesses $(WORKERS) tests/serving $(ARGS)
+	.venv-vllm/bin/python -m pytest -v --durations=10 --numprocesses $(WORKERS) --dist loadfile \
+		tests/serving $(ARGS)
 
 # What a user gets who installs today: nothing is pinned, and the environment is made anew.
 test-latest:  ## Test with the newest of everything, before a release
