@@ -8,8 +8,9 @@ is given every (token, KV head) as a sequence of its own, over the pages that th
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -50,6 +51,14 @@ class Backend(CPUAttentionBackend):
         return Builder
 
 
+@dataclass(frozen=True)
+class Routed:
+    """What heads read in a part of a step, and vLLM's metadata of its (token, KV head) pairs."""
+
+    plan: HeadPlan
+    heads: CPUAttentionMetadata | None
+
+
 @dataclass(kw_only=True)
 class Metadata(CPUAttentionMetadata):
     """What the layers of a step share.
@@ -62,28 +71,56 @@ class Metadata(CPUAttentionMetadata):
         Who made it, and holds what was decided.
     common
         What vLLM said of the step.
-    parts
-        See :meth:`part`; made when a layer asks.
+    parts, routed
+        See :meth:`part` and :meth:`route`; made when a layer asks, as many layers need the same.
     """
 
     step: Step
     builder: Builder
     common: CommonAttentionMetadata
     parts: dict[str, tuple[Tensor, CPUAttentionMetadata]] = field(default_factory=dict)
+    routed: dict[tuple[str, bytes], Routed | None] = field(default_factory=dict)
 
-    @property
-    def names(self) -> list[str]:
-        """What there is of the parts ``"prompts"`` and ``"answers"``."""
-        there = {"prompts": self.step.prompts, "answers": self.step.answers}
-        return [name for name, tokens in there.items() if len(tokens)]
+    @cached_property
+    def rows(self) -> dict[str, Tensor]:
+        """The parts of the step that are not empty: the request of each of its sequences.
 
-    def rows(self, name: str) -> Tensor:
-        """Of a part, the request that each of its sequences is of, int64 ``[n]``.
-
-        Prompts are sequences, and of answers every token is one.
+        Prompts are sequences, and of answers every token is one; int64 ``[n]``.
         """
-        prompts = self.step.prompts
-        return self.step.row if name == "answers" else torch.tensor([p.row for p in prompts])
+        prompts = torch.tensor([p.row for p in self.step.prompts], dtype=torch.int64)
+        both = {"prompts": prompts, "answers": self.step.row}
+        return {name: rows for name, rows in both.items() if len(rows)}
+
+    @cached_property
+    def pages(self) -> dict[str, Tensor]:
+        """Of these, the pages that name what was decided."""
+        return {name: self.step.page[rows] for name, rows in self.rows.items()}
+
+    def route(self, name: str, decisions: Tensor) -> Routed | None:
+        """What heads read in a part by the decisions int8 ``[n, Hkv]``; None: all of them all."""
+        key = name, decisions.numpy().tobytes()
+        if key not in self.routed:
+            plan = self.builder.way.plan(decisions, short=name == "answers")
+            known = None
+            if bool((plan.modes != int(HeadMode.FULL)).any()):
+                known = Routed(plan, self._of_heads(plan) if name == "answers" else None)
+            self.routed[key] = known
+        return self.routed[key]
+
+    def _of_heads(self, plan: HeadPlan) -> CPUAttentionMetadata:
+        """vLLM's metadata in which each (token, KV head) is a sequence, over its own pages."""
+        size, kv_heads = self.builder.block_size, plan.decisions.shape[1]
+        table, seen = near_pages(
+            self.block_table[self.step.row],
+            self.step.seen,
+            plan.modes == int(HeadMode.STREAMING),
+            plan.streaming.sink // size,
+            plan.streaming.local // size,
+            size,
+        )
+        table = (table * kv_heads + torch.arange(kv_heads)[:, None]).flatten(0, 1)
+        one = torch.ones(len(table), dtype=torch.int64)
+        return self.builder.other_rows(self.common, one, seen.flatten(), table, one_head=True)
 
     def part(self, name: str) -> tuple[Tensor, CPUAttentionMetadata]:
         """The tokens (int64 ``[n]``) of a part, and vLLM's metadata of it alone."""
@@ -95,8 +132,8 @@ class Metadata(CPUAttentionMetadata):
                 each = step.prompts
                 tokens = torch.cat([torch.arange(p.start, p.start + p.count) for p in each])
                 count, seen = torch.tensor([(p.count, p.past + p.count) for p in each]).T
-            table = self.block_table[self.rows(name)]
-            self.parts[name] = tokens, self.builder.rows(self.common, count, seen, table)
+            table = self.block_table[self.rows[name]]
+            self.parts[name] = tokens, self.builder.other_rows(self.common, count, seen, table)
         return self.parts[name]
 
 
@@ -148,7 +185,7 @@ class Builder(CPUAttentionMetadataBuilder):
         )
         return Metadata(**vars(made), step=step, builder=self, common=common)
 
-    def rows(
+    def other_rows(
         self,
         common: CommonAttentionMetadata,
         count: Tensor,
@@ -202,45 +239,45 @@ class Implementation(CPUAttentionBackendImpl):
     ) -> Tensor:
         """See vLLM's ``AttentionImpl``."""
         whole, m = partial(super().forward, layer), attn_metadata
-        routed: dict[str, HeadPlan] = {}
+        routed: dict[str, Routed] = {}
         if isinstance(m, Metadata):
-            routed = self._routed(extract_layer_index(layer.layer_name), m, kv_cache)
+            routed = self._routed(_number(layer.layer_name), m, kv_cache)
         if not routed or not isinstance(m, Metadata):
             scales = (output_scale, output_block_scale)
             return whole(query, key, value, kv_cache, m, output, *scales)
-        for name in m.names:
+        for name in m.rows:
             if name not in routed:
                 tokens, part = m.part(name)
                 out = torch.empty_like(output[: len(tokens)])
                 output[tokens] = whole(query[tokens], key, value, kv_cache, part, out)
         if "prompts" in routed:
-            self._prompts(routed["prompts"], m, query, key, value, kv_cache, output)
+            self._prompts(routed["prompts"].plan, m, query, key, value, kv_cache, output)
         if "answers" in routed:
-            out = self._answers(routed["answers"], m, layer, query, key, value, kv_cache)
-            output[m.step.answers] = out.view(len(m.step.answers), *output.shape[1:])
+            # A cache of one KV head, in which every head of every page is a page.
+            cache = kv_cache.view(-1, 1, *kv_cache.shape[2:])
+            tokens, group = m.step.answers, self.num_heads // self.num_kv_heads
+            q = query[tokens].reshape(-1, group, self.head_size)
+            out = whole(q, key, value, cache, routed["answers"].heads, torch.empty_like(q))
+            output[tokens] = out.view(len(tokens), *output.shape[1:])
         return output
 
-    def _routed(self, index: int, m: Metadata, kv_cache: Tensor) -> dict[str, HeadPlan]:
-        """What parts of a step have heads that do not read everything, and their plans.
-
-        Plans are of the prompts and of the answers' tokens, one sequence each.
-        """
+    def _routed(self, number: int, m: Metadata, kv_cache: Tensor) -> dict[str, Routed]:
+        """The parts of a step in which heads do not read everything, in the layer of a number."""
         builder, step = m.builder, m.step
-        if index not in builder.layers:
+        if number not in builder.layers:
             return {}
 
         def read(row: int, position: Tensor) -> Tensor:
             return builder.places.read(kv_cache, m.block_table[row], position)[0]
 
-        builder.decisions.decide(index, step, read, kv_cache.shape[0])
-        if step.ended and index == max(builder.layers):
+        builder.decisions.decide(number, step, read, kv_cache.shape[0])
+        if step.ended and number == max(builder.layers):
             builder.report(step, builder.decisions)
         found = {}
-        for name in m.names:
-            decisions = builder.decisions.of(index, step.page[m.rows(name)])
-            plan = builder.way.plan(decisions, short=name == "answers")
-            if bool((plan.modes != int(HeadMode.FULL)).any()):
-                found[name] = plan
+        for name, page in m.pages.items():
+            routed = m.route(name, builder.decisions.of(number, page))
+            if routed is not None:
+                found[name] = routed
         return found
 
     def _prompts(
@@ -266,34 +303,6 @@ class Implementation(CPUAttentionBackendImpl):
             out = hybrid_head_attention(q, k, v, own_plan, scale=self.scale)
             output[own] = out[0].transpose(0, 1).reshape(p.count, *output.shape[1:])
 
-    def _answers(
-        self,
-        plan: HeadPlan,
-        m: Metadata,
-        layer: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-    ) -> Tensor:
-        """Tokens of answers: each (token, KV head) a sequence of its own, over its own pages."""
-        step, builder = m.step, m.builder
-        size = builder.block_size
-        table, seen = near_pages(
-            m.block_table[step.row],
-            step.seen,
-            plan.modes == int(HeadMode.STREAMING),
-            plan.streaming.sink // size,
-            plan.streaming.local // size,
-            size,
-        )
-        heads = torch.arange(self.num_kv_heads)[None, :, None]
-        table = (table * self.num_kv_heads + heads).flatten(0, 1)
-        one = torch.ones(len(table), dtype=torch.int64)
-        part = builder.rows(m.common, one, seen.flatten(), table, one_head=True)
-        group = self.num_heads // self.num_kv_heads
-        q = query[step.answers].reshape(len(table), group, self.head_size)
-        pages = kv_cache.view(-1, 1, *kv_cache.shape[2:])
-        out = torch.empty_like(q)
-        super().forward(layer, q, key, value, pages, part, out)
-        return out
+
+_number = functools.cache(extract_layer_index)
+"""A layer's number, from its name."""
