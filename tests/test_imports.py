@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "elasticore"
 
 ROOMS: tuple[tuple[str, ...], ...] = (
-    ("testing",),
+    ("serving", "testing"),
     ("models",),
     ("router",),
     ("call", "operator", "choice", "preconditions"),

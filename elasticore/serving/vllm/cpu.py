@@ -268,7 +268,7 @@ class Implementation(CPUAttentionBackendImpl):
             return {}
 
         def read(row: int, position: Tensor) -> Tensor:
-            return builder.places.read(kv_cache, m.block_table[row], position)[0]
+            return builder.places.read_keys(kv_cache, m.block_table[row], position)
 
         builder.decisions.decide(number, step, read, kv_cache.shape[0])
         if step.ended and number == max(builder.layers):

@@ -79,13 +79,17 @@ class Places:
         tuple of Tensor
             ``[tokens, Hkv, D]`` each.
         """
+        values = self._read(_halves(cache)[1], self.values, table, position)
+        return self.read_keys(cache, table, position), values
+
+    def read_keys(self, cache: Tensor, table: Tensor, position: Tensor) -> Tensor:
+        """The keys alone; see :meth:`read`."""
+        return self._read(_halves(cache)[0], self.keys, table, position)
+
+    def _read(self, half: Tensor, place: Tensor, table: Tensor, position: Tensor) -> Tensor:
         page = table.long()[position // self.page_size][:, None, None]
-        head = torch.arange(cache.shape[1])[:, None]
-        slot = position % self.page_size
-        keys, values = _halves(cache)
-        return keys[page, head, self.keys[slot][:, None]], values[
-            page, head, self.values[slot][:, None]
-        ]
+        head = torch.arange(half.shape[1])[:, None]
+        return half[page, head, place[position % self.page_size][:, None]]
 
 
 def _halves(cache: Tensor) -> tuple[Tensor, Tensor]:
