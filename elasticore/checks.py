@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
-__all__ = ["check_int", "check_number"]
+__all__ = ["check_int", "check_number", "differences"]
 
 
 def check_int(
@@ -26,3 +28,20 @@ def check_number(name: str, value: object, low: float = -math.inf, high: float =
     if not math.isfinite(value) or not low <= value <= high:
         accepted = "finite" if low == -math.inf and high == math.inf else f"from {low} to {high}"
         raise ValueError(f"{name} must be {accepted}, got {value}.")
+
+
+def differences(saved: Mapping[str, Any], own: Mapping[str, Any], within: str = "") -> list[str]:
+    """In what ``saved`` settings are not those at hand: ``"sink 128 (now 64)"`` each."""
+    found = []
+    for name in dict.fromkeys((*own, *(saved if within else ()))):
+        was, now = saved.get(name), own.get(name)
+        if isinstance(was, Mapping) and isinstance(now, Mapping):
+            found += differences(was, now, f"{within}{name}.")
+        elif was != now:
+            found.append(f"{within}{name} {_short(was)} (now {_short(now)})")
+    return found
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"

@@ -93,13 +93,14 @@ def evaluate(
 
         from elasticore.eval.evaluate import Evaluation
         from elasticore.eval.evaluate import evaluate as run_evaluation
+        from elasticore.eval.methods import ROUTER, Method
         from elasticore.eval.report import read_report
 
         if model is None:
             raise ValueError("model is missing: pass --model with a directory or hub id.")
-        chosen = list(method or [])
-        if router is not None:
-            chosen.append(f"elastic=router:path={router}")
+        chosen: list[str | Method] = list(method or [])
+        if router is not None:  # as it stands, whatever is in it
+            chosen.append(Method("elastic", ROUTER, {"path": router}))
         disable_progress_bar()  # ours says more
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         evaluation = Evaluation(
