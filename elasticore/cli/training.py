@@ -53,7 +53,7 @@ def train(
     """
     with plain_errors():
         from elasticore.train.recipe import Recipe
-        from elasticore.train.recipe import train as run_recipe
+        from elasticore.train.run import train as run_recipe
 
         recipe = Recipe.load(config, changes or (), backend=backend, max_steps=max_steps, seed=seed)
         whole = _show_recipe(recipe, as_json) if dry_run else True

@@ -12,8 +12,9 @@ import torch
 from elasticore.models.families import attention_layers, family_of, is_local
 from elasticore.models.loading import TINY
 from elasticore.router.policies import LayerShape
-from elasticore.train.data import JsonLines, OfflineTasks, PackedSamples
-from elasticore.train.recipe import Parts, Recipe, check_tasks, dataset_of, parts_of
+from elasticore.train.content import check_samples
+from elasticore.train.data import PackedSamples
+from elasticore.train.recipe import Parts, Recipe, dataset_of, parts_of
 from elasticore.train.sharding import check_sharding, shardable
 from elasticore.train.slices import check_slices
 
@@ -114,6 +115,7 @@ def _weigh(recipe: Recipe, parts: Parts, path: str | Path, processes: int, resul
     trained = sum(p.numel() for policy in policies for p in policy.parameters())
     result.figures |= {
         "elastic layers": len(layers),
+        "positions": model.config.max_position_embeddings,
         "KV heads": heads,
         "parameters that train": trained,
         "frozen parameters": weights,
@@ -129,19 +131,16 @@ def _look(recipe: Recipe, parts: Parts, path: str | Path, result: Preview) -> No
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path)
+    positions = result.figures["positions"]
     if recipe.validation:
         held_out: Any = dataset_of(recipe, tokenizer, held_out=True)
-        check_tasks(held_out, parts.objective)
+        check_samples("validation", held_out, parts.objective.tasks, positions)
         result.figures["rows held out"] = len(held_out)
     dataset: Any = dataset_of(recipe, tokenizer)
-    check_tasks(dataset, parts.objective)
-    longest: int | None = None
+    check_samples("data", dataset, parts.objective.tasks, positions)
+    longest = dataset.longest
     if isinstance(dataset, PackedSamples):
         longest = dataset.data.header.capacity
-    elif isinstance(dataset, JsonLines):
-        longest = max(len(row.input_ids) for row in dataset.rows)
-    elif isinstance(dataset, OfflineTasks):
-        longest = dataset.length
     result.figures["rows of data"] = len(dataset)
     if longest is not None:
         result.figures["tokens of a row, at most"] = longest

@@ -15,7 +15,7 @@ from elasticore.models.loading import load_backbone
 from elasticore.router import AttentionRouter, pool_boundary
 from elasticore.train import OfflineTasks, Recipe, TrainingSample
 from elasticore.train.calibration import pooled_keys
-from elasticore.train.recipe import train
+from elasticore.train.run import train
 
 LENGTH = 384
 
