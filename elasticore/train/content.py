@@ -45,8 +45,8 @@ def check_samples(
     name
         The data's, for the message.
     dataset
-        With ``tasks``, the names that occur, and ``longest``, tokens of a sample; any of them may
-        be missing or None.
+        With ``tasks``, the names that occur; ``longest``, tokens of a sample, or None; and
+        ``check()``, which raises if a sample cannot be made. Any of them may be missing.
     targets
         The tasks that have one.
     positions
@@ -65,3 +65,8 @@ def check_samples(
             f"{name}{where} holds samples of up to {longest} tokens, but the backbone has "
             f"{positions} positions; make them shorter, or use a backbone for longer texts."
         )
+    if hasattr(dataset, "check"):
+        try:
+            dataset.check()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None

@@ -155,12 +155,15 @@ class OfflineTasks(Dataset[TrainingSample]):
         about = (self.module, self.chat, self.length, self.samples, self.seed, self.split)
         return digest_of([self[0]], *about, self.tasks, self._edges.tolist())
 
+    def check(self) -> None:
+        """Make a sample of each task; raises ``ValueError`` where the length is too short."""
+        for task in self.tasks:
+            self._made(task, 0)
+
     def __len__(self) -> int:
         return self.samples
 
     def __getitem__(self, index: int) -> TrainingSample:
-        from elasticore.eval.tasks import make_sample
-
         if not 0 <= index < self.samples:
             raise IndexError(index)
         # A golden-ratio walk over [0, 1): every stretch of samples holds the tasks in proportion.
@@ -168,6 +171,11 @@ class OfflineTasks(Dataset[TrainingSample]):
         task = self.tasks[
             min(int(np.searchsorted(self._edges, point, "right")), len(self.tasks) - 1)
         ]
+        return self._made(task, index)
+
+    def _made(self, task: str, index: int) -> TrainingSample:
+        from elasticore.eval.tasks import make_sample
+
         seed = self.seed * 1_000_003 + index
         module: Any = importlib.import_module(self.module)  # tasks themselves cannot be pickled
         sample = make_sample(task, self.tokenizer, self.length, seed, self.split, module.TASKS)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from elasticore.assets import backbone_path
 from elasticore.models.families import attention_layers, family_of, is_local
-from elasticore.models.loading import TINY
 from elasticore.router.policies import LayerShape
 from elasticore.train.content import check_samples
 from elasticore.train.data import PackedSamples
@@ -68,12 +67,8 @@ def preview(recipe: Recipe) -> Preview:
         * recipe.accumulation
         * (processes // recipe.sequence_parallel),
     }
-    path: str | Path = recipe.backbone
-    if path == TINY:
-        from elasticore.assets import tiny
-
-        path = tiny() / "backbone"
     try:
+        path = backbone_path(recipe.backbone)
         _weigh(recipe, parts, path, processes, result)
     except OSError:
         result.unchecked.append(
@@ -88,12 +83,10 @@ def preview(recipe: Recipe) -> Preview:
     return result
 
 
-def _weigh(recipe: Recipe, parts: Parts, path: str | Path, processes: int, result: Preview) -> None:
+def _weigh(recipe: Recipe, parts: Parts, path: str, processes: int, result: Preview) -> None:
     """Add the sizes of the model, from its configuration alone."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if recipe.dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {recipe.dtype!r}.")
     dtype = getattr(torch, recipe.dtype)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
@@ -126,7 +119,7 @@ def _weigh(recipe: Recipe, parts: Parts, path: str | Path, processes: int, resul
     }
 
 
-def _look(recipe: Recipe, parts: Parts, path: str | Path, result: Preview) -> None:
+def _look(recipe: Recipe, parts: Parts, path: str, result: Preview) -> None:
     """Add what the data hold."""
     from transformers import AutoTokenizer
 

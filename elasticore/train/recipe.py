@@ -7,11 +7,11 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_type_hints
 
 from torch.utils.data import Dataset
 
-from elasticore.checks import check_int, check_number
+from elasticore.checks import check_int, check_number, check_type
 from elasticore.choice import use_backend
 from elasticore.models.elastic import Elastic
 from elasticore.patterns import Streaming
@@ -117,7 +117,7 @@ class Recipe:
     max_grad_norm: float = 5.0
     reduction: Literal["tokens", "samples"] = "tokens"
     packed: bool = False
-    dtype: str = "bfloat16"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
     checkpointing: bool = False
     sharding: Literal["none", "full", "hybrid"] = "none"
     sequence_parallel: int = 1
@@ -133,6 +133,8 @@ class Recipe:
     report_to: str | list[str] | None = None
 
     def __post_init__(self) -> None:
+        for name, accepted in get_type_hints(type(self)).items():
+            check_type(name, getattr(self, name), accepted)
         for name in ("max_steps", "batch_size", "accumulation", "logging_steps", "eval_steps"):
             check_int(name, getattr(self, name), 1)
         if self.keep_best and not (self.validation and self.save_steps):
@@ -141,7 +143,7 @@ class Recipe:
         check_int("calibration", self.calibration, 0)
         if self.calibration == 1 or (self.calibration and self.policy != "elastic"):
             raise ValueError("calibration takes at least 2 samples, and policy elastic.")
-        for name in ("save_steps", "keep", "workers"):
+        for name in ("save_steps", "keep", "workers", "seed"):
             check_int(name, getattr(self, name), 0)
         for name in ("router_lr", "multiplier_lr", "weight_decay", "max_grad_norm"):
             check_number(name, getattr(self, name), 0)
@@ -167,8 +169,8 @@ class Recipe:
         FileNotFoundError
             If there is no such file.
         ValueError
-            If it is no YAML mapping, or names settings that do not exist or misses some, or a
-            change leads nowhere.
+            If it is no YAML mapping, or names settings that do not exist or misses some, a value is
+            of another type or out of range, or a change leads nowhere.
         """
         from elasticore.train.settings import changed, read_settings
 
@@ -182,7 +184,10 @@ class Recipe:
                 f"config {path}: unknown settings {unknown}, missing settings {missing}; "
                 f"there are: {', '.join(sorted(defaults))}."
             )
-        return cls(**data)
+        try:
+            return cls(**data)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"config {path}: {error}") from None
 
 
 def _default(setting: dataclasses.Field[Any]) -> Any:
@@ -199,21 +204,27 @@ class Parts(NamedTuple):
     objective: LagrangianObjective
     temperature: Callable[[int, int], float]
     method: Baseline | None
+    report_to: list[str]
 
 
 def parts_of(recipe: Recipe) -> Parts:
     """Make what needs neither model nor data; raises ``ValueError`` on a setting that is wrong."""
+    from elasticore.train.monitor import reporters
+
     with use_backend(recipe.backend):  # unknown or unavailable: said now, not after loading
         pass
     try:
         temperature = temperature_schedule(**recipe.temperature)
     except TypeError as error:
-        raise ValueError(f"temperature does not take these settings: {error}.") from None
-    objective = LagrangianObjective(
-        recipe.targets, recipe.signed, recipe.multiplier_init, seed=recipe.seed
-    )
-    method = _method(recipe)
-    return Parts(_way(recipe, method), objective, temperature, method)
+        raise ValueError(f"temperature does not take these settings: {_bare(error)}.") from None
+    try:
+        objective = LagrangianObjective(
+            recipe.targets, recipe.signed, recipe.multiplier_init, seed=recipe.seed
+        )
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+    method, report_to = _method(recipe), reporters(recipe.report_to)
+    return Parts(_way(recipe, method), objective, temperature, method, report_to)
 
 
 def _way(recipe: Recipe, method: Baseline | None) -> Elastic:
@@ -279,5 +290,9 @@ def dataset_of(recipe: Recipe, tokenizer: Any, *, held_out: bool = False) -> Dat
         if kind == "packed":
             return PackedSamples(tokenizer=tokenizer, **settings)
     except TypeError as error:
-        raise ValueError(f"{name} does not take these settings: {error}.") from None
+        raise ValueError(f"{name} does not take these settings: {_bare(error)}.") from None
     raise ValueError(f"{name} needs kind: offline, jsonl or packed, got {kind!r}.")
+
+
+def _bare(error: Exception) -> str:
+    return str(error).rstrip(".")

@@ -83,7 +83,7 @@ def _run(recipe: Recipe, parts: Parts, args: Any, output: Path, start: Path | No
     from elasticore.train.slices import check_slices
     from elasticore.train.trainer import RouterTrainer
 
-    way, objective, temperature, method = parts
+    way, objective, temperature, method, _ = parts
     check_sharding(recipe.sharding, args.world_size)
     packed = recipe.packed or recipe.data.get("kind") == "packed"
     check_slices(recipe.sequence_parallel, args.world_size, packed)
@@ -139,8 +139,6 @@ def _arguments(recipe: Recipe, output: Path, parts: Parts) -> Any:
     """What the Trainer takes."""
     from transformers import TrainingArguments
 
-    from elasticore.train.monitor import reporters
-
     method = parts.method
     return TrainingArguments(
         output_dir=str(output),
@@ -167,7 +165,7 @@ def _arguments(recipe: Recipe, output: Path, parts: Parts) -> Any:
         prediction_loss_only=True,
         metric_for_best_model="loss" if recipe.validation else None,
         greater_is_better=False if recipe.validation else None,
-        report_to=reporters(recipe.report_to),
+        report_to=parts.report_to,
         dataloader_num_workers=recipe.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
