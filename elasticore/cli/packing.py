@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from elasticore.cli.console import Json, app, count, err, out, plain_errors
+from elasticore.cli.console import Json, app, count, err, out, place, plain_errors
 
 data_app = typer.Typer(no_args_is_help=True, help="Build packed training data and look at it.")
 app.add_typer(data_app, name="data")
@@ -55,7 +55,7 @@ def data_build(
     Example: [bold]elasticore data build --source xsum --source musique=musique/ --tokenizer
     Qwen/Qwen3-4B --output data/mix --workers 8[/]
     """
-    with plain_errors():
+    with plain_errors("train", f"nothing is left of it in {output}; build again."):
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         from elasticore.data.building import build
@@ -97,7 +97,8 @@ def data_build(
         print(json.dumps(card, indent=2))
         return
     _print_card(card)
-    out.print(f"Data: [bold]{output}[/]   In a recipe: data: {{kind: packed, path: {output}}}")
+    recipe = escape(json.dumps(str(output), ensure_ascii=False))  # which is YAML
+    out.print(f"Data: {place(output)}   In a recipe: data: {{kind: packed, path: {recipe}}}")
 
 
 @data_app.command("show")
@@ -109,10 +110,10 @@ def data_show(
 
     Example: [bold]elasticore data show data/mix[/]
     """
-    with plain_errors():
+    with plain_errors("train"):
         from elasticore.data.card import show
 
-        with err.status(f"reading {path}"):
+        with err.status(f"reading {escape(str(path))}"):
             card = show(path)
     if as_json:
         print(json.dumps(card, indent=2))

@@ -152,7 +152,7 @@ def _run(
     progress: Callable[[str, Sequence[Any]], Iterable[Any]],
 ) -> None:
     """One method on all tasks."""
-    from lm_eval import simple_evaluate
+    from lm_eval.evaluator import evaluate as run_tasks
     from lm_eval.tasks import TaskManager
 
     from elasticore.eval.language_model import ElasticLM
@@ -166,17 +166,13 @@ def _run(
         thinking=evaluation.thinking,
         progress=lambda batches: progress(method.name, batches),
     )
-    found: Any = simple_evaluate(
-        model=lm,
-        tasks=tasks,
+    found: Any = run_tasks(
+        lm,
         # Ours are objects already; the harness would look through thousands of files of its own.
-        task_manager=TaskManager(include_defaults=False),
+        TaskManager(include_defaults=False).load(tasks),
         limit=evaluation.samples,
         apply_chat_template=evaluation.chat,
         bootstrap_iters=0,
-        random_seed=evaluation.seed,
-        numpy_random_seed=evaluation.seed,
-        torch_random_seed=evaluation.seed,
     )
     rows = list(_joined(found["samples"], lm.answered))
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

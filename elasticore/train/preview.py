@@ -13,6 +13,7 @@ from elasticore.models.families import attention_layers, family_of, is_local
 from elasticore.router.policies import LayerShape
 from elasticore.train.content import check_samples
 from elasticore.train.data import PackedSamples
+from elasticore.train.processes import launched
 from elasticore.train.recipe import Parts, Recipe, dataset_of, parts_of
 from elasticore.train.sharding import check_sharding, shardable
 from elasticore.train.slices import check_slices
@@ -48,7 +49,7 @@ def preview(recipe: Recipe) -> Preview:
         are not here are no error: they are in :attr:`Preview.unchecked`.
     """
     parts = parts_of(recipe)
-    processes = int(os.environ.get("WORLD_SIZE", 1))
+    processes = launched().size
     check_sharding(recipe.sharding, processes)
     packed = recipe.packed or recipe.data.get("kind") == "packed"
     check_slices(recipe.sequence_parallel, processes, packed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from elasticore.router.schedule import temperature_schedule
 from elasticore.train.data import OfflineTasks, PackedSamples
 from elasticore.train.jsonl import JsonLines
 from elasticore.train.objective import LagrangianObjective
+from elasticore.train.processes import launched
 
 if TYPE_CHECKING:
     from elasticore.train.baselines import Baseline
@@ -279,7 +279,7 @@ def dataset_of(recipe: Recipe, tokenizer: Any, *, held_out: bool = False) -> Dat
     kind = settings.pop("kind", None)
     try:
         if kind == "offline":
-            processes = int(os.environ.get("WORLD_SIZE", 1)) // recipe.sequence_parallel
+            processes = launched().size // recipe.sequence_parallel
             samples = recipe.max_steps * recipe.batch_size * recipe.accumulation * processes
             defaults: dict[str, Any] = {"samples": samples, "seed": recipe.seed}
             if held_out:

@@ -60,8 +60,9 @@ def train(recipe: Recipe, output: str | Path, *, resume: str | Path | None = Non
     OSError
         If the result cannot be written; the message says how much room it takes.
     """
-    from elasticore.train.processes import check_processes, from_first
+    from elasticore.train.processes import check_processes, from_first, launched
 
+    launched()  # before the Trainer believes the environment
     output, parts = Path(output), parts_of(recipe)
     args = _arguments(recipe, output, parts)
     check_processes(args)  # and each process now has its own device
