@@ -73,10 +73,12 @@ def _named(accepted: Any) -> str:
         return " or ".join(_named(one) for one in inner if one is not type(None))
     if kind is Literal:
         return f"one of {', '.join(map(str, inner))}"
+    if kind is list and inner[0] is str:
+        return "a list of texts"
     if kind is tuple:
         return f"a list of {len(inner)} numbers"
     if kind is list:
-        return "a list of them"
+        return "a list"
     words = {bool: "true or false", int: "an int", float: "a number", str: "text"}
     return "a mapping" if kind is dict else words.get(accepted, str(accepted))
 

@@ -54,7 +54,7 @@ def recipe(tmp_path: Path) -> Path:
         ('router_lr="5e-4"', "router_lr must be a number, got '5e-4'"),
         ("multiplier_init=0.5", "multiplier_init must be a list of 2 numbers, got 0.5"),
         ("report_to=[tensorbord]", "report_to must name some of .*, got 'tensorbord'"),
-        ("report_to=[1]", "report_to must be text or a list of them"),
+        ("report_to=[1]", "report_to must be text or a list of texts"),
         ("data.length=4k", "data does not take these settings: length must be an int, got '4k'.$"),
         ("data.length=5000", "data holds samples of up to 5000 tokens, but .* 4096 positions"),
         ("backbone=runs/model #2", "set backbone=runs/model #2: what follows # is left out"),
