@@ -211,6 +211,24 @@ def test_the_folder_one_is_in_can_be_built_again(files, tokenizer, tmp_path, mon
     assert show(tmp_path / "data") == card
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("report", "half \ud83d pair " * 40, "surrogates not allowed"),
+        ("summary", ["a", "b"], "TypeError: expected text, got list"),
+        ("report", {"text": "a"}, "TypeError: expected text, got dict"),
+    ],
+)
+def test_a_record_that_is_no_text_is_named(field, value, says, records, tokenizer, tmp_path):
+    rows = records("govreport", 3)
+    rows[1][field] = value
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    files = {"govreport": str(tmp_path / "a.jsonl")}
+    with pytest.raises(ValueError, match=rf"source govreport, record 1: .*{says}") as error:
+        run(files, tokenizer, tmp_path / "data", "govreport")
+    assert len(str(error.value)) < 300
+
+
 KILLED = """
 import os, signal
 from concurrent.futures import ProcessPoolExecutor
