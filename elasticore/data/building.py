@@ -14,7 +14,7 @@ from typing import Any, Literal
 from elasticore.checks import check_int, check_number
 from elasticore.data import chunks
 from elasticore.data.card import Tally, make_card, write_card
-from elasticore.data.encoding import Encoder, fingerprint, load_tokenizer
+from elasticore.data.encoding import Encoder, fingerprint
 from elasticore.data.layouts import Header
 from elasticore.data.mixing import interleave
 from elasticore.data.packing import Packer
@@ -23,6 +23,7 @@ from elasticore.data.reading import parquet_library, records
 from elasticore.data.sequence import TokenSequence
 from elasticore.data.sources import SOURCES, Source
 from elasticore.data.writer import PackedWriter
+from elasticore.models.loading import load_tokenizer
 from elasticore.places import held, whole_folder
 
 __all__ = ["build"]

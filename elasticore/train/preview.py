@@ -10,6 +10,7 @@ import torch
 
 from elasticore.assets import backbone_path
 from elasticore.models.families import attention_layers, family_of, is_local
+from elasticore.models.loading import load_tokenizer
 from elasticore.router.policies import LayerShape
 from elasticore.train.content import check_samples
 from elasticore.train.data import PackedSamples
@@ -78,7 +79,7 @@ def preview(recipe: Recipe) -> Preview:
         )
         return result
     try:
-        _look(recipe, parts, path, result)
+        _look(recipe, parts, result)
     except OSError as error:
         result.unchecked.append(f"data: {error}")
     return result
@@ -120,11 +121,9 @@ def _weigh(recipe: Recipe, parts: Parts, path: str, processes: int, result: Prev
     }
 
 
-def _look(recipe: Recipe, parts: Parts, path: str, result: Preview) -> None:
+def _look(recipe: Recipe, parts: Parts, result: Preview) -> None:
     """Add what the data hold."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = load_tokenizer(recipe.backbone)
     positions = result.figures["positions"]
     if recipe.validation:
         held_out: Any = dataset_of(recipe, tokenizer, held_out=True)

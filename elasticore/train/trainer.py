@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -178,13 +178,13 @@ class RouterTrainer(ResumableTrainer):
         """As ever, with how the model attends, what it is, and what is made of the data."""
         model = self._elastic()
         way, temperature = state_of(model).way, self.temperature
-        names = ("retrieval", "sparse", "block_size", "decode", "turn", "cache")
+        names = {field.name for field in fields(way)} - {"policy", "base", "_"}
         return super().settings() | {
             "sequence_parallel": 1 if self.slices is None else self.slices.size,
             "model": {k: v for k, v in fingerprint(model).items() if k != "name"},
             "dtype": str(model.dtype),
             "policy": [type(way.policy).__name__, repr(way.policy.settings())],
-            "way": {name: str(getattr(way, name)) for name in names},
+            "way": {name: str(getattr(way, name)) for name in sorted(names)},
             "temperature": repr(temperature) if is_dataclass(temperature) else None,
             "objective": self.objective.config(),
             "collator": {"packed": self.packed, "reduction": self.reduction},
