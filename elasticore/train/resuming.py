@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from elasticore.checks import differences
@@ -29,7 +30,7 @@ from elasticore.train.checkpoints import (
     name_of,
     saved_settings,
 )
-from elasticore.train.monitor import Meter
+from elasticore.train.monitor import Meter, TensorBoard
 from elasticore.train.processes import from_first, highest, together
 from elasticore.train.signals import Stopped, StopSignals, shield_workers
 from elasticore.train.validation import Measured, Validation, shares
@@ -71,6 +72,8 @@ class ResumableTrainer(Trainer):
         self._best: Measured | None = None
         super().__init__(model, args, **arguments)
         self.add_callback(_Stop(self))
+        if self.pop_callback(TensorBoardCallback) is not None:
+            self.add_callback(TensorBoard())
 
     def train(
         self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any
