@@ -671,6 +671,7 @@ WAY = Entry(
             other_than(16, 32, 64, 128, low=-5, high=300),
             one_of(16, 128),  # which one of the patterns refuses
         ),
+        "prefill": other_text("routed", "full"),
         "decode": other_text("routed", "full"),
         "turn": other_text("renew", "keep"),
         "cache": other_text("dense", "elastic"),

@@ -86,8 +86,8 @@ def _run(
     out = layout.attend(recorded, q, k, v)
     if layout.ends is None or torch.is_grad_enabled():  # while training nobody goes on writing
         return out
-    short = state.way.plan(plan.decisions, short=True)
-    return layout.attend_ends(partial(call, short), q, k, v, out)
+    last = state.way.plan(plan.decisions, short=state.way.prefill == "routed")
+    return layout.attend_ends(partial(call, last), q, k, v, out)
 
 
 def _over_pages(

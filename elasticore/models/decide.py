@@ -72,7 +72,7 @@ def plan_layer(
         if getattr(_router(attention), "boundary", None) != 0:
             valid = None if layout.valid is None else layout.valid[:, past : past + queries]
             memory.put_off(hidden, valid, partial(state.family.project, attention))
-        planned = _as_before(state, memory, layout, past + queries, queries)
+        planned = _as_before(state, memory, layout, past + queries, queries, prompt=False)
         # What is offloaded is elsewhere just now.
         dynamic = type(layer.inner) is DynamicLayer  # a static one did when its prompt was read
         if state.way.gives_back and past and dynamic and not getattr(cache, "offloading", False):
@@ -160,11 +160,19 @@ def _with_prompt(
 
 
 def _as_before(
-    state: LayerState, memory: Memory, layout: PassLayout, seen: int, queries: int
+    state: LayerState,
+    memory: Memory,
+    layout: PassLayout,
+    seen: int,
+    queries: int,
+    *,
+    prompt: bool = True,
 ) -> Planned:
     """What the cache remembers: decoding, a later chunk or a further turn."""
     assert memory.decisions is not None
-    short = queries < state.way.block_size
+    # Where prompts are read in full, it is not the number of tokens that tells answers from them.
+    full = state.way.prefill == "full"
+    short = not prompt if full else queries < state.way.block_size
     plan = memory.plans.get(short)
     if plan is None:
         plan = memory.plans[short] = state.way.plan(memory.decisions, short=short)

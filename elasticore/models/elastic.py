@@ -49,6 +49,11 @@ class Elastic:
         What a head reads that is routed to sparse: :class:`Streaming`, or a selector.
     block_size
         Tokens per block: 16, 32, 64 or 128. None takes the largest that both patterns allow.
+    prefill
+        While a prompt is read: ``"routed"`` lets every head read its pattern, as it was trained;
+        ``"full"`` lets all heads read everything, and the routing counts from the first token that
+        is generated. Keys and values then depend on no routing, which serving needs that shares
+        them between prompts.
     decode
         Once a prompt is prefilled: ``"routed"`` keeps every head's pattern (heads with a selector
         read everything in passes shorter than a block, which no selector can score); ``"full"``
@@ -83,6 +88,7 @@ class Elastic:
     sparse: Pattern = Streaming()  # noqa: RUF009
     _: KW_ONLY
     block_size: int = None  # type: ignore[assignment]  # settled below
+    prefill: Literal["routed", "full"] = "routed"
     decode: Literal["routed", "full"] = "routed"
     turn: Literal["renew", "keep"] = "renew"
     cache: Literal["dense", "elastic"] = "dense"
@@ -93,6 +99,7 @@ class Elastic:
         if self.block_size is None:
             object.__setattr__(self, "block_size", _largest(self.retrieval, self.sparse))
         choices = {
+            "prefill": ("routed", "full"),
             "decode": ("routed", "full"),
             "turn": ("renew", "keep"),
             "cache": ("dense", "elastic"),
@@ -121,6 +128,8 @@ class Elastic:
             Whether it is for a pass shorter than a block that goes on after a prompt.
         """
         retrieval, sparse = self.retrieval, self.sparse
+        if not short and self.prefill == "full":
+            retrieval = sparse = Full()
         if short:
             every = self.decode == "full"
             # No selector can score a fraction of a row block.
@@ -131,7 +140,10 @@ class Elastic:
         return HeadPlan(decisions, retrieval, sparse, block_size=self.block_size, check=False)
 
     def plan_of(self, routing: Routing) -> HeadPlan:
-        """The plan of what a policy decided, with the gradient of its gate if it has one."""
+        """The plan of what a policy decided, with the gradient of its gate if it has one.
+
+        Where there is a gradient, heads read their patterns whatever ``prefill`` says.
+        """
         if routing.gate is None or not routing.gate.requires_grad:
             return self.plan(routing.decisions)
         return HeadPlan.from_gate(
@@ -210,6 +222,7 @@ class Elastic:
             "retrieval": pattern_to_dict(self.retrieval),
             "sparse": pattern_to_dict(self.sparse),
             "block_size": self.block_size,
+            "prefill": self.prefill,
             "decode": self.decode,
             "turn": self.turn,
             "cache": self.cache,

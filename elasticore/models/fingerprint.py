@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from elasticore.errors import RouterMismatch
 from elasticore.models.families import attention_layers
 
-__all__ = ["HUB_ID", "check_base_model", "fingerprint", "weights_hash"]
+__all__ = ["HUB_ID", "check_base_model", "fingerprint", "fingerprint_of", "weights_hash"]
 
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
@@ -78,3 +78,27 @@ def check_base_model(saved: Mapping[str, Any], own: Mapping[str, Any], weights: 
             f"{saved.get('name') or 'a model without a name'}); load that one, or pass "
             "check_base=False to use it all the same."
         )
+
+
+def fingerprint_of(model: nn.Module, folder: Path) -> dict[str, Any]:
+    """The :func:`fingerprint` of a model without weights, whose weights a directory holds.
+
+    Parameters
+    ----------
+    model
+        On the device ``meta``.
+    folder
+        With safetensors files; if it lacks any that is needed, ``weights`` is None.
+    """
+    from safetensors import safe_open
+
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    wanted = [f"{name}.weight" for name, module in model.named_modules() if module is embedding]
+    wanted += [name for name, _ in model.named_parameters() if name.endswith("layernorm.weight")]
+    found: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            found |= {name: tensors.get_tensor(name) for name in wanted if name in tensors.keys()}  # noqa: SIM118
+    whole = all(name in found for name in wanted)
+    weights = weights_hash(found[name] for name in wanted) if whole else None
+    return {**fingerprint(model), "weights": weights}

@@ -132,6 +132,40 @@ def test_with_full_attention_all_layers_of_a_chunked_prefill_decide_the_same() -
     assert torch.equal(chunked.decisions, one.decisions)
 
 
+# Prompts that are read in full.
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mode", ["fa-ssa", "xa-ssa"])
+def test_a_prompt_can_be_read_in_full_and_answered_as_routed(family: str, mode: str) -> None:
+    backbone, prompt, next_token = tiny(family), tokens(2, 150), tokens(2, 1, 9)
+    full = backbone(prompt).logits
+    model = elastic(tiny(family), way=small(mode, prefill="full"))
+    with elasticore.record() as trace:
+        read = model(prompt)
+    assert 0 < trace.decisions.float().mean() < 1
+    torch.testing.assert_close(read.logits, full, rtol=0, atol=1e-5)
+    # From here on it matters what was decided.
+    answered = model(next_token, **cached(cache_of(read))).logits
+    plain = elastic(tiny(family), AllRetrieval, small("fa-ssa"))
+    whole = plain(next_token, **cached(cache_of(plain(prompt)))).logits
+    assert not torch.allclose(answered, whole, rtol=0, atol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(chunk=st.integers(1, 60), seed=st.integers(0, 9))
+def test_chunks_of_any_size_read_a_prompt_alike_in_full(chunk: int, seed: int) -> None:
+    model, prompt = elastic(tiny(), way=small(prefill="full")), tokens(1, 100, seed)
+    whole = model(prompt)
+    cache: Any = DynamicCache(config=model.config)
+    for start in range(0, 100, chunk):
+        part = prompt[:, start : start + chunk]
+        last = model(part, **cached(cache), elastic=Pass(prompt=part.shape[1]))
+    torch.testing.assert_close(last.logits[:, -1], whole.logits[:, -1], rtol=0, atol=1e-5)
+    answers = [model(tokens(1, 1, 7), **cached(c)).logits for c in (cache, cache_of(whole))]
+    torch.testing.assert_close(answers[0], answers[1], rtol=0, atol=1e-5)
+
+
 # Drafts.
 
 
@@ -149,6 +183,17 @@ def test_prompt_lookup_is_routed_as_greedy_decoding_is(decode: Any, seed: int) -
     assert [one.decided for one in lookup.passes].count(True) == 1
     if decode == "routed":  # a draft is checked in a prefill, which full decoding is not in
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("drafts", [3, 40])  # fewer than a block, and more
+def test_drafts_are_no_prompt_to_read_in_full(drafts: int) -> None:
+    model = elastic(tiny(), way=small(prefill="full"))
+    prompt = tokens(1, 30).repeat(1, 4)
+    expected = model.generate(prompt, **SHORT | {"max_new_tokens": 60})
+    found = model.generate(
+        prompt, prompt_lookup_num_tokens=drafts, **SHORT | {"max_new_tokens": 60}
+    )
+    assert torch.equal(found, expected)
 
 
 def test_assisted_decoding_is_routed_as_greedy_decoding_is() -> None:

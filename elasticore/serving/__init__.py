@@ -1,0 +1,1 @@
+"""Elastic attention in servers of other projects."""
