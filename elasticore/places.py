@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["check_writable", "free_bytes", "held", "whole_folder", "write_text"]
+__all__ = ["append", "check_writable", "free_bytes", "held", "whole_folder", "write_text"]
 
 LOCK = ".elasticore-lock"
 
@@ -39,6 +39,28 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         with suppress(OSError):
             beside.unlink()
+        raise _unwritable(path, error) from error
+
+
+def append(path: Path, text: str) -> None:
+    """Add UTF-8 text to a file, all of it or nothing; it is on disk when this returns.
+
+    Raises
+    ------
+    OSError
+        If the disk is full or cannot be written; the message names the file.
+    """
+    try:
+        with path.open("ab") as file:
+            end = file.tell()
+            try:
+                file.write(text.encode())
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                os.truncate(path, end)
+                raise
+    except OSError as error:
         raise _unwritable(path, error) from error
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from elasticore.places import check_writable, held, whole_folder, write_text
+from elasticore.places import append, check_writable, held, whole_folder, write_text
 
 HOLDER = """
 import signal, sys
@@ -116,6 +116,23 @@ def test_a_full_disk_leaves_the_old_file_and_is_said(
         write_text(file, "a new one")
     assert file.read_text() == "old"
     assert names(tmp_path) == ["file.json"]
+
+
+def test_a_line_is_added_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "lines"
+    append(file, "one ü\n")
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="lines cannot be written: No space left on device; "):
+            append(file, "two\n")
+    append(file, "three\n")
+    assert file.read_text("utf-8") == "one ü\nthree\n"
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:

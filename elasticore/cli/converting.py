@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from elasticore.cli.console import Json, app, err, out, place, plain_errors
+from elasticore.places import held
 
 convert_app = typer.Typer(
     no_args_is_help=True, help="Turn what others have released into routers of this library."
@@ -34,7 +35,7 @@ def convert_official(
 
     Example: [bold]elasticore convert official ./Elastic-Qwen3-4B runs/official[/]
     """
-    with plain_errors():
+    with plain_errors(), held(output):
         from elasticore.models.loading import load_backbone
         from elasticore.models.official import convert_official
 
@@ -96,7 +97,7 @@ def convert_pattern(
     Example: [bold]elasticore convert pattern attn_patterns/Mistral-7B OUT --sparsity 0.5 --model
     mistralai/Mistral-7B-Instruct-v0.2[/]
     """
-    with plain_errors():
+    with plain_errors(), held(output):
         import torch
 
         from elasticore.eval.methods import published

@@ -69,12 +69,18 @@ def data_build(
             TextColumn("{task.fields[figures]}"),
             TimeElapsedColumn(),
             console=err,
+            disable=not err.is_terminal,
         )
         lines = {name: bar.add_task(name, total=None, figures="") for name in places}
+
+        next_told = dict.fromkeys(places, 1000)
 
         def step(name: str, records: int, sequences: int, tokens: int) -> None:
             figures = f"{records:,} records, {sequences:,} samples, {tokens:,} tokens"
             bar.update(lines[name], figures=figures)
+            if bar.disable and records >= next_told[name]:  # a file wants few lines
+                next_told[name] = 2 * records
+                err.print(f"{name}: {figures}", highlight=False)
 
         with bar:
             card = build(
