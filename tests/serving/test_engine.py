@@ -18,8 +18,8 @@ from tests.models.tiny import tiny as random_model
 from .engines import Engine, answers, engine, prompts
 
 BACKBONE, ROUTER = assets() / "backbone", assets() / "router"
-LENGTHS = (1, 31, 32, 33, 700, 1100, 433, 64, 210, 1900, 150, 2, 820, 300)
-TOKENS = 40
+LENGTHS = (1, 31, 32, 33, 500, 700, 433, 64, 210, 1200, 150, 2, 350, 300)
+TOKENS = 33
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_preempted_requests_are_decided_as_before(reference: Any, asked: Any) ->
 
 
 @pytest.mark.parametrize("reference", ["full"], indirect=True)
-@pytest.mark.parametrize("budget", [33, 256])
+@pytest.mark.parametrize("budget", [64, 256])
 def test_chunks_and_shared_prefixes(reference: Any, asked: Any, budget: int) -> None:
     _, expected, decided = reference
     longer = [prompt + prompt[: len(prompt) // 2] for prompt in asked]
@@ -105,18 +105,18 @@ def test_compiled(reference: Any, asked: Any) -> None:
         same_decisions(served, asked, decided)
 
 
-@pytest.mark.parametrize("budget", [64, 4096])
 def test_tables_of_heads_keep_chunks_and_shared_prefixes(
-    budget: int, backbone: Any, asked: Any, tmp_path: Path
+    backbone: Any, asked: Any, tmp_path: Path
 ) -> None:
     way = Elastic(HeadTable.random(8, 4, 0.7, seed=1), sparse=Streaming(32, 128), block_size=32)
+    some = asked[4:9]
     with way.on(backbone) as model:
-        expected, decided = answers(model, asked, TOKENS)
-    with engine(BACKBONE, way.save(tmp_path), max_num_batched_tokens=budget) as served:
-        assert served.answer(asked, TOKENS) == expected
-        assert served.answer(asked, TOKENS) == expected
+        expected, decided = answers(model, some, TOKENS)
+    with engine(BACKBONE, way.save(tmp_path), max_num_batched_tokens=96) as served:
+        assert served.answer(some, TOKENS) == expected
+        assert served.answer(some, TOKENS) == expected
         assert served.counter("vllm:prefix_cache_hits") > 0
-        same_decisions(served, asked, decided)
+        same_decisions(served, some, decided)
 
 
 @pytest.mark.parametrize("decode", ["routed", "full"])
@@ -138,6 +138,7 @@ def test_selectors_read_prompts(decode: Any, backbone: Any, asked: Any, tmp_path
 def test_routing_that_finds_nothing_sparse_is_vllm_itself(
     backbone: Any, asked: Any, tmp_path: Path
 ) -> None:
+    asked = asked[:9]
     expected, _ = answers(backbone, asked, TOKENS)
     way = Elastic(AllRetrieval(), sparse=Streaming(32, 128), block_size=32)
     with engine(BACKBONE, way.save(tmp_path)) as served:
@@ -147,6 +148,7 @@ def test_routing_that_finds_nothing_sparse_is_vllm_itself(
 def test_without_settings_it_is_vllm_itself(backbone: Any, asked: Any) -> None:
     from elasticore.serving.vllm import cpu
 
+    asked = asked[:9]
     expected, _ = answers(backbone, asked, TOKENS)
     with pytest.MonkeyPatch.context() as patch, engine(BACKBONE, None) as served:
         patch.setattr(cpu, "Step", None)  # whoever asks for one fails
