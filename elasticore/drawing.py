@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from elasticore.places import check_writable
+
 __all__ = ["FORMATS", "check_picture", "pyplot", "save"]
 
 FORMATS = (".png", ".svg", ".pdf")
@@ -31,9 +33,13 @@ def pyplot() -> Any:
 
 
 def check_picture(name: str, path: Path) -> None:
-    """Raise ``ValueError`` naming the argument unless ``path`` ends as a picture does."""
+    """Raise ``ValueError`` unless ``path`` ends as a picture does, ``OSError`` if none fits there.
+
+    The folders above it are made.
+    """
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"{name} must end in {', '.join(FORMATS)}, got {path}.")
+    check_writable(path)
 
 
 def save(figure: Any, path: Path, dpi: int) -> Path:

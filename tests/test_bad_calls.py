@@ -761,6 +761,7 @@ TRAINER = Entry(
         "temperature": anything(type(None), type),
         "multiplier_lr": anything(int, float) | one_of(-1.0, float("nan"), float("inf")),
         "sequence_parallel": anything(int) | one_of(0, -1, 2, True),
+        "identity": anything(dict, type(None)),
     },
     skip=frozenset({"train_dataset", "eval_dataset", "callbacks"}),  # the Trainer's own
 )

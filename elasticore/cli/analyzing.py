@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from elasticore.cli.console import Backend, Json, app, err, out, plain_errors
+from elasticore.cli.console import Backend, Json, app, err, out, place, plain_errors
 from elasticore.cli.preparing import bar, load, prompts_of, route, router_of, way_to_read
 
 analyze_app = typer.Typer(
@@ -229,8 +229,8 @@ def similarity(
     lines = similarity_rows(found)
     shown = Table("tasks", title="Similarity of tasks", title_justify="left")
     # The rows of a pair come in this order as well.
-    for measure, place in dict.fromkeys((line["measure"], line["place"]) for line in lines):
-        shown.add_column(f"{measure}, {place}", justify="right")
+    for measure, where in dict.fromkeys((line["measure"], line["place"]) for line in lines):
+        shown.add_column(f"{measure}, {where}", justify="right")
     for one, other in itertools.combinations(found.before, 2):
         pair = (line for line in lines if (line["task"], line["other"]) == (one, other))
         shown.add_row(escape(f"{one}, {other}"), *(_number(line["similarity"]) for line in pair))
@@ -342,7 +342,7 @@ def runs(
 @contextmanager
 def _analysis(output: Path, backend: str = "auto") -> Iterator[None]:
     """Plain errors; that nothing can be drawn is said before the work."""
-    with plain_errors():
+    with plain_errors("eval"):
         import transformers.utils.logging
 
         from elasticore.choice import use_backend
@@ -382,4 +382,4 @@ def _finish(lines: Sequence[Any], output: Path, shown: Table, as_json: bool) -> 
         print(json.dumps({"picture": str(output), "csv": str(table), "rows": rows}))
         return
     out.print(shown)
-    out.print(f"Picture: [bold]{output}[/]   Table: [bold]{table}[/]")
+    out.print(f"Picture: {place(output)}   Table: {place(table)}")

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from elasticore.cli.console import Backend, Json, app, err, out, plain_errors
+from elasticore.cli.console import Backend, Json, app, err, out, place, plain_errors
 
 HEADINGS = ("", "", "answer", "Ω_MSR", "Ω_ESR", "first token", "cache read")
 
@@ -46,8 +46,9 @@ def demo(
 
         from elasticore.choice import use_backend
         from elasticore.demo import DEMOS, run_demo
-        from elasticore.eval.plots import routing_picture
+        from elasticore.drawing import check_picture
 
+        check_picture("picture", picture)
         disable_progress_bar()  # one of our own is enough
         with use_backend(backend):  # a wrong name is said before anything is downloaded
             model = _there(model)
@@ -64,12 +65,11 @@ def demo(
                     task, description=text, completed=done, total=total
                 ),
             )
-        routing_picture(
-            _frequency(answers), picture, title=f"Which heads read sparsely: {DEMOS[model].title}"
-        )
+        drawn = _draw(answers, picture, DEMOS[model].title)
     if as_json:
         rows = [{**dataclasses.asdict(a), "decisions": a.decisions.tolist()} for a in answers]
-        print(json.dumps({"model": model, "answers": rows, "picture": str(picture)}, indent=2))
+        told = str(picture) if drawn else None
+        print(json.dumps({"model": model, "answers": rows, "picture": told}, indent=2))
         return
     out.print(f"[bold]{DEMOS[model].title}[/], backend {answers[0].backend}\n", highlight=False)
     for answer in answers:
@@ -92,7 +92,20 @@ def demo(
         "reads. An answer is right or wrong; where a text goes on, what counts is the share of its "
         "next tokens that are the model's first choice.[/]"
     )
-    out.print(f"Routing picture: [bold]{picture}[/]")
+    if drawn:
+        out.print(f"Routing picture: {place(picture)}")
+
+
+def _draw(answers: list[Any], picture: Path, title: str) -> bool:
+    """Draw the routing, if there is matplotlib: the answers are worth more than the picture."""
+    from elasticore.eval.plots import routing_picture
+
+    try:
+        routing_picture(_frequency(answers), picture, title=f"Which heads read sparsely: {title}")
+    except ImportError as error:
+        err.print(f"[yellow]no picture:[/] {escape(str(error))}")
+        return False
+    return True
 
 
 def _there(model: str) -> str:
@@ -116,7 +129,7 @@ def _there(model: str) -> str:
 
 
 def _say(text: str) -> None:
-    err.print(f"[dim]{text} ...[/]")
+    err.print(f"[dim]{escape(text)} ...[/]")
 
 
 def _bar() -> Progress:
@@ -173,6 +186,7 @@ def run(
     """
     with plain_errors():
         import torch
+        from transformers.utils.logging import disable_progress_bar
 
         from elasticore.assets import ROUTERS
         from elasticore.choice import use_backend
@@ -182,12 +196,13 @@ def run(
         from elasticore.models.loading import load_backbone
         from elasticore.models.recording import record
 
+        disable_progress_bar()  # one of our own is enough
         text = sys.stdin.read() if str(prompt_file) == "-" else prompt_file.read_text("utf-8")
         if not text.strip():
             raise ValueError(f"prompt-file {prompt_file} is empty.")
         if thinking and not chat:
             raise ValueError("thinking is a setting of the chat template: pass --chat, too.")
-        with use_backend(backend), err.status(f"loading {model}"):
+        with use_backend(backend), err.status(escape(f"loading {model}")):
             backbone, tokenizer = load_backbone(model, dtype)
             if router is None and model not in ROUTERS:
                 raise ValueError("router is missing: pass --router with the trained routers.")
@@ -233,7 +248,7 @@ def run(
         report = {"answer": answer, **figures, "decisions": one.decisions[:, 0].tolist()}
         print(json.dumps(report, indent=2))
         return
-    out.print(escape(answer))
+    print(answer)  # nothing in it is markup, and no line of it is too long
     err.print(
         f"[dim]{length:,} tokens · backend {one.backend} · Ω_MSR {figures['msr']:.2f} · Ω_ESR "
         f"{figures['esr']:.2f} · prefill {one.seconds:.2f} s[/]"

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from elasticore.cli.console import app, err, out, plain_errors
+from elasticore.cli.console import app, err, out, place, plain_errors
 
 
 @app.command()
@@ -50,11 +50,15 @@ def bench(
         from elasticore.bench.report import Results, read_json, table, write_json
         from elasticore.bench.run import Record, Session
         from elasticore.bench.timing import Clock
-        from elasticore.drawing import pyplot
+        from elasticore.drawing import check_picture, pyplot
         from elasticore.machine import environment
+        from elasticore.places import check_writable
 
         if plot is not None:
             pyplot()
+            check_picture("plot", plot)
+        if json_file is not None:
+            check_writable(json_file)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
         def measure() -> Results:
@@ -95,7 +99,7 @@ def bench(
             for name in suites:
                 own = plot.with_stem(f"{plot.stem}-{name}") if len(suites) > 1 else plot
                 if picture(results, name, own):
-                    out.print(f"Picture: [bold]{own}[/]")
+                    out.print(f"Picture: {place(own)}")
     if source is None and device.type == "cpu":
         out.print("[yellow]No NVIDIA GPU: the cases are small, and their times mean little.[/]")
     if any(record.failed for _, records in results for record in records):

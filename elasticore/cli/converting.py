@@ -10,7 +10,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from elasticore.cli.console import Json, app, err, out, plain_errors
+from elasticore.cli.console import Json, app, err, out, place, plain_errors
+from elasticore.places import held
 
 convert_app = typer.Typer(
     no_args_is_help=True, help="Turn what others have released into routers of this library."
@@ -34,11 +35,11 @@ def convert_official(
 
     Example: [bold]elasticore convert official ./Elastic-Qwen3-4B runs/official[/]
     """
-    with plain_errors():
+    with plain_errors(), held(output):
         from elasticore.models.loading import load_backbone
         from elasticore.models.official import convert_official
 
-        with err.status(f"reading {path}"):
+        with err.status(escape(f"reading {path}")):
             backbone = None if model is None else load_backbone(model, "bfloat16")[0]
             done = convert_official(path, output, model=backbone, threshold=threshold)
     if as_json:
@@ -68,7 +69,7 @@ def convert_official(
     )
     for note in done.notes:
         out.print(f"[dim]{escape(note)}[/]")
-    out.print(f"Routers: [bold]{done.path}[/]")
+    out.print(f"Routers: {place(done.path)}")
 
 
 @convert_app.command("pattern")
@@ -96,7 +97,7 @@ def convert_pattern(
     Example: [bold]elasticore convert pattern attn_patterns/Mistral-7B OUT --sparsity 0.5 --model
     mistralai/Mistral-7B-Instruct-v0.2[/]
     """
-    with plain_errors():
+    with plain_errors(), held(output):
         import torch
 
         from elasticore.eval.methods import published
@@ -104,7 +105,7 @@ def convert_pattern(
         from elasticore.models.loading import load_backbone
 
         way = published(path, sparsity, sink, local)
-        with err.status(f"loading {model}"):
+        with err.status(escape(f"loading {model}")):
             backbone = load_backbone(model, "bfloat16")[0]
         with way.on(backbone):  # the table is of this model's sizes
             folder = way_of(backbone).save(output)
@@ -128,5 +129,5 @@ def convert_pattern(
     out.print(shown)
     out.print(
         f"Ω_MSR {share:.3f} of {layers * kv_heads} heads; {escape(repr(way.sparse))}, blocks of "
-        f"{way.block_size}. Pattern: [bold]{folder}[/]"
+        f"{way.block_size}. Pattern: {place(folder)}"
     )

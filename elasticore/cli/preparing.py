@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from elasticore.cli.console import count, err
+from rich.markup import escape
+
+from elasticore.cli.console import count, err, steps
 
 __all__ = ["bar", "load", "prompts_of", "route", "router_of", "way_to_read"]
 
@@ -14,7 +16,7 @@ def load(model: str, dtype: str) -> tuple[Any, Any]:
     """The backbone and its tokenizer."""
     from elasticore.models.loading import load_backbone
 
-    with err.status(f"loading {model}"):
+    with err.status(escape(f"loading {model}")):
         return load_backbone(model, dtype)
 
 
@@ -78,6 +80,4 @@ def way_to_read(backbone: Any, model: str, router: str | None, method: str | Non
 
 def bar(text: str) -> Callable[[Sequence[Any]], Iterable[Any]]:
     """What wraps samples in a progress bar."""
-    from rich.progress import track
-
-    return lambda samples: track(samples, text, console=err)
+    return lambda samples: steps(samples, text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from elasticore.cli.console import Json, app, err, out, plain_errors
+from elasticore.cli.console import Json, app, err, out, place, plain_errors
 
 plot_app = typer.Typer(no_args_is_help=True, help="Draw what runs have logged.")
 app.add_typer(plot_app, name="plot")
@@ -51,30 +51,36 @@ def train(
 
     Example: [bold]elasticore train --config recipes/tiny/routers.yaml --output runs/tiny[/]
     """
-    with plain_errors():
-        from elasticore.train.recipe import Recipe
-        from elasticore.train.recipe import train as run_recipe
+    with plain_errors("train"):
+        from transformers.utils.logging import disable_progress_bar
 
+        from elasticore.train.processes import launched
+        from elasticore.train.recipe import Recipe
+        from elasticore.train.run import train as run_recipe
+
+        disable_progress_bar()  # one of our own is enough
+        first = launched().rank == 0  # one of several processes speaks for all
         recipe = Recipe.load(config, changes or (), backend=backend, max_steps=max_steps, seed=seed)
-        whole = _show_recipe(recipe, as_json) if dry_run else True
+        whole = _show_recipe(recipe, as_json, first) if dry_run else True
         path = output if dry_run else run_recipe(recipe, output, resume=resume)
     if dry_run:
         raise typer.Exit(0 if whole else 1)
-    if os.environ.get("RANK", "0") != "0":  # one of several processes speaks for all
+    if not first:
         return
     if as_json:
         history = json.loads((output / "history.json").read_text("utf-8"))
         print(json.dumps({"router": str(path), "final": history[-1] if history else None}))
         return
-    out.print(f"Routers: [bold]{path}[/]   Curves: elasticore plot training {output}")
+    curves = escape(shlex.join(["elasticore", "plot", "training", str(output)]))
+    out.print(f"Routers: {place(path)}   Curves: {curves}")
 
 
-def _show_recipe(recipe: Any, as_json: bool) -> bool:
+def _show_recipe(recipe: Any, as_json: bool, first: bool) -> bool:
     """Print what a recipe would run; return whether all of it could be checked here."""
     from elasticore.train.preview import preview
 
     found = preview(recipe)
-    if os.environ.get("RANK", "0") == "0":
+    if first:
         if as_json:
             print(json.dumps(dataclasses.asdict(found), indent=2))
         else:
@@ -115,10 +121,13 @@ def plot_training(
     """
     with plain_errors():
         from elasticore.drawing import check_picture
+        from elasticore.places import check_writable
         from elasticore.train.curves import ending, read_curves, to_json, write_csv
         from elasticore.train.plots import training_picture
 
         check_picture("output", output)
+        if csv is not None:
+            check_writable(csv)
         found = [curves for run in runs for curves in read_curves(run)]
         training_picture(found, output)
         thin = [curves.every(every) for curves in found]
@@ -168,4 +177,4 @@ def plot_training(
     for curves in found:
         whole = "" if curves.max_steps is None else f" of {curves.max_steps:,}"
         out.print(f"{escape(curves.name)}: step {curves.last_step:,}{whole}", highlight=False)
-    out.print(f"Picture: [bold]{output}[/]" + (f"   Table: [bold]{csv}[/]" if csv else ""))
+    out.print(f"Picture: {place(output)}" + (f"   Table: {place(csv)}" if csv else ""))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -15,7 +14,7 @@ from typing import Any, Literal
 from elasticore.checks import check_int, check_number
 from elasticore.data import chunks
 from elasticore.data.card import Tally, make_card, write_card
-from elasticore.data.encoding import Encoder, fingerprint, load_tokenizer
+from elasticore.data.encoding import Encoder, fingerprint
 from elasticore.data.layouts import Header
 from elasticore.data.mixing import interleave
 from elasticore.data.packing import Packer
@@ -24,6 +23,8 @@ from elasticore.data.reading import parquet_library, records
 from elasticore.data.sequence import TokenSequence
 from elasticore.data.sources import SOURCES, Source
 from elasticore.data.writer import PackedWriter
+from elasticore.models.loading import load_tokenizer
+from elasticore.places import held, whole_folder
 
 __all__ = ["build"]
 
@@ -94,8 +95,8 @@ def build(
 ) -> dict[str, Any]:
     """Build packed training data; return its data card.
 
-    The data depend on everything but ``workers``. Until all is written they lie in
-    ``OUTPUT.partial``, which the next build removes; ``output`` is there only when it is whole.
+    The data depend on everything but ``workers``. Until all is written they lie beside ``output``,
+    hidden; ``output`` is there only when it is whole.
 
     Parameters
     ----------
@@ -129,15 +130,12 @@ def build(
     Raises
     ------
     ValueError, TypeError, FileNotFoundError, FileExistsError, OSError
-        If a setting, a source or the disk is not right. Nothing is left in ``output`` then.
+        If a setting, a source or the disk is not right, or another build is making ``output``.
+        Nothing is left in ``output`` then.
     """
     _check(sources, min_length, max_length, pack, mixture, tokens, seed, workers)
     parquet_library()
-    output = Path(output).expanduser()
-    if output.exists() and not overwrite:
-        raise FileExistsError(f"output {output} exists; choose another, or pass overwrite.")
-    if output.exists() and not (output / CARD).is_file():
-        raise FileExistsError(f"output {output} holds no data of a build; it is left as it is.")
+    output = Path(output).expanduser().resolve()
     encoder = Encoder(
         load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer, template, loss
     )
@@ -148,37 +146,46 @@ def build(
         tuple(streams),
         fingerprint(encoder.tokenizer),
     )
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a build that was interrupted
-    partial.mkdir(parents=True)
-    writer, tally, packer = PackedWriter(partial, header), Tally(), Packer[TokenSequence](pack)
+    with ExitStack() as stack:
+        stack.enter_context(held(output, beside=True))
+        if output.exists() and not overwrite:
+            raise FileExistsError(f"output {output} exists; choose another, or pass overwrite.")
+        if output.exists() and not (output / CARD).is_file():
+            raise FileExistsError(f"output {output} holds no data of a build; it is left as it is.")
+        folder = stack.enter_context(whole_folder(output))
+        writer, tally = PackedWriter(folder, header), Tally()
+        packer = Packer[TokenSequence](pack)
+        stack.callback(writer.abandon)
 
-    def write(rows: Iterator[list[TokenSequence]]) -> None:
-        for row in rows:
-            tally.add(row)
-            writer.add(row)
+        def write(rows: Iterator[list[TokenSequence]]) -> None:
+            for row in rows:
+                tally.add(row)
+                writer.add(row)
 
-    try:
-        with ExitStack() as stack:
-            encode = _encoding(stack, encoder, workers)
-            sequences = {
-                name: stream.run(
-                    encode(
-                        chunks.jobs(
-                            stream.source,
-                            records(stream.source, stream.origin),
-                            min_length,
-                            max_length,
-                            seed,
-                        )
-                    ),
-                    (min_length, max_length),
-                    on_progress,
-                )
-                for name, stream in streams.items()
-            }
+        encode = _encoding(stack, encoder, workers)
+        sequences = {
+            name: stream.run(
+                encode(
+                    chunks.jobs(
+                        stream.source,
+                        records(stream.source, stream.origin),
+                        min_length,
+                        max_length,
+                        seed,
+                    )
+                ),
+                (min_length, max_length),
+                on_progress,
+            )
+            for name, stream in streams.items()
+        }
+        try:
             for sequence in interleave(sequences, mixture, tokens):
                 write(packer.add(sequence))
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                "a worker process died, perhaps for want of memory; build with fewer workers."
+            ) from error
         write(packer.flush())
         if not tally.rows:
             raise ValueError(f"tokens={tokens} leaves room for no sample; allow more.")
@@ -200,15 +207,7 @@ def build(
             },
             origins={name: stream.about() for name, stream in streams.items()},
         )
-        write_card(card, partial)
-        _move(partial, output)
-    except BrokenProcessPool as error:
-        raise RuntimeError(
-            "a worker process died, perhaps for want of memory; build with fewer workers."
-        ) from error
-    finally:
-        writer.abandon()
-        shutil.rmtree(partial, ignore_errors=True)
+        write_card(card, folder)
     return card
 
 
@@ -261,13 +260,3 @@ def _encoding(
     )
     stack.callback(pool.shutdown, cancel_futures=True)
     return lambda jobs: chunks.in_order(pool, jobs, ahead=2 * workers)
-
-
-def _move(partial: Path, output: Path) -> None:
-    """Put a finished build in its place, whatever was there."""
-    old = output.with_name(output.name + ".old")
-    if output.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        output.rename(old)
-    partial.rename(output)
-    shutil.rmtree(old, ignore_errors=True)

@@ -142,11 +142,14 @@ def _make(
     source: Source, number: int, record: Record, company: Sequence[Record], random: Random
 ) -> Example | None:
     try:
-        return source.make(record, company, random)
+        example = source.make(record, company, random)
+        if example is not None:
+            (example.prompt + example.answer).encode()  # half of a character pair is no text
+        return example
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, SyntaxError) as error:
         raise ValueError(
-            f"source {source.name}, record {number}: {error!r}; is this {source.name} in its own "
-            "schema? See docs, Data."
+            f"source {source.name}, record {number}: {type(error).__name__}: {error}; is this "
+            f"{source.name} in its own schema? See docs, Data."
         ) from error
 
 

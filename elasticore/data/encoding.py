@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from elasticore.assets import backbone_path
 from elasticore.data.prompting import (
     blanked,
     chat_text,
@@ -25,7 +24,7 @@ from elasticore.data.prompting import (
 from elasticore.data.sequence import IGNORED, Span, TokenSequence
 from elasticore.data.sources import Example
 
-__all__ = ["Encoder", "fingerprint", "load_tokenizer"]
+__all__ = ["Encoder", "fingerprint"]
 
 
 @dataclass(frozen=True)
@@ -174,17 +173,3 @@ def fingerprint(tokenizer: Any) -> dict[str, Any]:
         "vocabulary": digest(tokenizer.get_vocab()),
         "chat_template": None if template is None else digest(template),
     }
-
-
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a model at a directory or hub id, or called ``"tiny"`` or ``"smollm2"``."""
-    from transformers import AutoTokenizer
-
-    path = backbone_path(name)
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"tokenizer {name} is no directory with a tokenizer, and the hub did not give it: "
-            f"{error}"
-        ) from error

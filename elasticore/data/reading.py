@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from elasticore.data.sources import Source
 __all__ = ["parquet_library", "records"]
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
+ABOUT = ("dataset_info.json", "dataset_infos.json", "state.json")  # of Hugging Face's datasets
 HUB = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(:(?P<subset>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
 BLOCK = 1 << 20  # characters read at a time
 
@@ -55,8 +55,8 @@ def records(source: Source, origin: str | None = None) -> Iterator[dict[str, Any
     path = Path(place).expanduser()
     if origin is not None and path.exists():
         found = _local(source, path)
-    elif (match := HUB.fullmatch(place)) and path.suffix not in SUFFIXES:
-        found = _hub(source, **match.groupdict())
+    elif (match := HUB.fullmatch(place)) and path.suffix.lower() not in SUFFIXES:
+        found = _complete(source, place, _hub(source, **match.groupdict()))
     else:
         raise FileNotFoundError(
             f"source {source.name}: {place} is no file, no folder, and no hub id such as "
@@ -65,7 +65,34 @@ def records(source: Source, origin: str | None = None) -> Iterator[dict[str, Any
     first = next(found, None)
     if first is None:
         raise ValueError(f"source {source.name}: {place} holds no record.")
-    for number, record in enumerate(chain([first], found)):
+    yield first
+    yield from found
+
+
+def _local(source: Source, path: Path) -> Iterator[dict[str, Any]]:
+    files = sorted(_data_in(path)) if path.is_dir() else [path]
+    if not files or files[0].suffix.lower() not in SUFFIXES:
+        raise ValueError(
+            f"source {source.name}: {path} holds no file that ends in {', '.join(SUFFIXES)}."
+        )
+    for file in files:
+        found = _parquet(file) if file.suffix.lower() == ".parquet" else _json(file)
+        yield from _complete(source, str(file), found)
+
+
+def _data_in(folder: Path) -> Iterator[Path]:
+    """The files with records: not what downloads leave hidden, nor what describes a data set."""
+    for path in folder.rglob("*"):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.suffix.lower() in SUFFIXES and not hidden and path.name not in ABOUT:
+            yield path
+
+
+def _complete(
+    source: Source, place: str, found: Iterable[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Records that have the fields that the source needs."""
+    for number, record in enumerate(found):
         missing = [name for name in source.columns if name not in record]
         if missing:
             raise ValueError(
@@ -74,16 +101,6 @@ def records(source: Source, origin: str | None = None) -> Iterator[dict[str, Any
                 f"{source.name} in its own schema? See docs, Data."
             )
         yield record
-
-
-def _local(source: Source, path: Path) -> Iterator[dict[str, Any]]:
-    files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES) if path.is_dir() else [path]
-    if not files or files[0].suffix not in SUFFIXES:
-        raise ValueError(
-            f"source {source.name}: {path} holds no file that ends in {', '.join(SUFFIXES)}."
-        )
-    for file in files:
-        yield from _parquet(file) if file.suffix == ".parquet" else _json(file)
 
 
 def _parquet(path: Path) -> Iterator[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isnan
 from pathlib import Path
@@ -14,13 +14,14 @@ import torch
 from elasticore.choice import use_backend
 from elasticore.errors import UnsupportedRequest
 from elasticore.eval.costs import costs, in_groups
-from elasticore.eval.journal import Journal
+from elasticore.eval.identity import SETTINGS, check_same, content_of, settings_of
+from elasticore.eval.journal import Entry, Journal
 from elasticore.eval.methods import Method
 from elasticore.eval.suites import load_suites
+from elasticore.places import held, write_text
 
 __all__ = ["Evaluation", "evaluate"]
 
-SETTINGS = "evaluation.json"
 ANSWERS = "answers.jsonl"
 SAMPLES = "samples.jsonl"
 METRICS = "metrics.json"
@@ -38,7 +39,7 @@ class Evaluation:
         Names of suites, or of tasks in one, as ``"ruler-like:vt"``: see
         :data:`~elasticore.eval.suites.SUITES`.
     methods
-        As :meth:`Method.parse` takes them.
+        As :meth:`Method.parse` takes them, or a :class:`Method` each.
     lengths
         Tokens of prompt and answer, where a suite makes its samples to fit.
     limit
@@ -59,7 +60,7 @@ class Evaluation:
 
     model: str
     tasks: tuple[str, ...]
-    methods: tuple[str, ...] = ("full",)
+    methods: tuple[str | Method, ...] = ("full",)
     lengths: tuple[int, ...] = (4096,)
     limit: int | None = None
     samples: int | None = None
@@ -94,7 +95,8 @@ def evaluate(
     evaluation
         What to run.
     output
-        The folder. One that holds another evaluation is refused.
+        The folder. One that holds another evaluation is refused: of other settings or data, of a
+        model or routers that have changed, or of another version of elasticore.
     check_base
         See :func:`~elasticore.elasticize`.
     progress
@@ -108,27 +110,30 @@ def evaluate(
         If the model, a router or data are missing.
     UnsupportedRequest
         If the model or a batch does not fit into memory; answers that are there are kept.
+    OSError
+        If another process writes to the folder, or it cannot be written.
     """
     from elasticore.machine import environment
 
     output = Path(output)
-    methods = [Method.parse(text) for text in evaluation.methods]
+    methods = [Method.parse(m) if isinstance(m, str) else m for m in evaluation.methods]
     names = [method.name for method in methods]
     if len(set(names)) < len(names):
         raise ValueError(f"methods have the names {names}; call each by one of its own: NAME=KIND.")
-    settings = _settings(output, evaluation, methods)
-    with use_backend(evaluation.backend):
+    own = settings_of(evaluation, methods)
+    check_same(output, own)  # what can be said at once
+    with held(output), use_backend(evaluation.backend):
         model, tokenizer = _load(evaluation)
         tasks = load_suites(evaluation, tokenizer, model.config.max_position_embeddings)
+        own |= content_of(model, tokenizer, tasks, evaluation.samples)
+        settings = check_same(output, own)
         for method in methods:
             with method.on(model, check_base=check_base):
                 pass  # what is wrong with the last one should not show after hours
         # From here on the folder is this evaluation's.
-        output.mkdir(parents=True, exist_ok=True)
-        (output / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-        (output / "environment.json").write_text(
-            json.dumps(environment(model.device), indent=1) + "\n"
-        )
+        write_text(output / SETTINGS, json.dumps(settings, indent=1) + "\n")
+        about = environment(model.device)
+        write_text(output / "environment.json", json.dumps(about, indent=1) + "\n")
         for method in methods:
             folder = output / method.name
             folder.mkdir(exist_ok=True)
@@ -147,7 +152,7 @@ def _run(
     progress: Callable[[str, Sequence[Any]], Iterable[Any]],
 ) -> None:
     """One method on all tasks."""
-    from lm_eval import simple_evaluate
+    from lm_eval.evaluator import evaluate as run_tasks
     from lm_eval.tasks import TaskManager
 
     from elasticore.eval.language_model import ElasticLM
@@ -161,21 +166,17 @@ def _run(
         thinking=evaluation.thinking,
         progress=lambda batches: progress(method.name, batches),
     )
-    found: Any = simple_evaluate(
-        model=lm,
-        tasks=tasks,
+    found: Any = run_tasks(
+        lm,
         # Ours are objects already; the harness would look through thousands of files of its own.
-        task_manager=TaskManager(include_defaults=False),
+        TaskManager(include_defaults=False).load(tasks),
         limit=evaluation.samples,
         apply_chat_template=evaluation.chat,
         bootstrap_iters=0,
-        random_seed=evaluation.seed,
-        numpy_random_seed=evaluation.seed,
-        torch_random_seed=evaluation.seed,
     )
-    rows = list(_joined(found["samples"], journal))
+    rows = list(_joined(found["samples"], lm.answered))
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (folder / SAMPLES).write_text(text, encoding="utf-8")
+    write_text(folder / SAMPLES, text)
     metrics = {
         "method": asdict(method),
         "scores": _scores(found["results"] | found.get("groups", {})),
@@ -183,7 +184,7 @@ def _run(
         "tasks": list(dict.fromkeys(row["task"] for row in rows)),
         "in_groups": in_groups(tasks),
     }
-    (folder / METRICS).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / METRICS, json.dumps(metrics, indent=1) + "\n")
 
 
 def _load(evaluation: Evaluation) -> tuple[Any, Any]:
@@ -199,36 +200,10 @@ def _load(evaluation: Evaluation) -> tuple[Any, Any]:
         ) from error
 
 
-def _settings(output: Path, evaluation: Evaluation, methods: list[Method]) -> dict[str, Any]:
-    """What the folder is to say of itself; it must not be another evaluation's."""
-    own: dict[str, Any] = json.loads(json.dumps(asdict(evaluation)))
-    own["methods"] = {m.name: {**asdict(m), "sha256": m.digest()} for m in methods}
-    file = output / SETTINGS
-    if not file.is_file():
-        return own
-    saved = json.loads(file.read_text(encoding="utf-8"))
-    free = {"methods", "batch_size"}
-    changed = sorted(k for k in own if k not in free and saved.get(k) != own[k])
-    if changed:
-        raise ValueError(
-            f"output {output} holds another evaluation (differs in {', '.join(changed)}); "
-            "name another folder, or resume with the same settings."
-        )
-    # Methods may join, as each has a folder of its own.
-    known = saved["methods"]
-    for name, method in own["methods"].items():
-        if known.get(name, method) != method:
-            raise ValueError(
-                f"output {output} holds answers of another method {name!r} (of other settings, or "
-                "of files that have changed since); call this one by a name of its own, NAME=KIND."
-            )
-    own["methods"] = known | own["methods"]
-    return own
-
-
-def _joined(samples: dict[str, list[Any]], journal: Journal) -> Iterable[dict[str, Any]]:
+def _joined(
+    samples: dict[str, list[Any]], entries: Mapping[tuple[str, int], Entry]
+) -> Iterable[dict[str, Any]]:
     """Every sample with its scores, its answer and what that cost."""
-    entries = {(e.task, e.document): e for e in journal.entries()}
     for task, rows in samples.items():
         for row in rows:
             entry = entries[task, row["doc_id"]]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from elasticore.eval.measuring import Measures
+from elasticore.places import append
 
 __all__ = ["Entry", "Journal", "key"]
 
@@ -85,13 +85,17 @@ class Journal:
         return list(self._entries.values())
 
     def add(self, request: Any, answer: str, measures: Measures) -> None:
-        """Write one answer; it is on disk when this returns."""
+        """Write one answer; it is on disk when this returns.
+
+        Raises
+        ------
+        OSError
+            If the disk is full or cannot be written; the file holds the answers before.
+        """
         entry = Entry(key(request), str(request.task_name), int(request.doc_id), answer, measures)
+        line = json.dumps(asdict(entry), ensure_ascii=False) + "\n"
+        append(self.path, line)
         self._entries[entry.key] = entry
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(entry), ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
 
     def _read(self) -> None:
         whole = self.path.read_bytes()

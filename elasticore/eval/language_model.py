@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from elasticore.data.prompting import end_token, prompt_tokens
 from elasticore.errors import UnsupportedRequest
 from elasticore.eval.benchmarks.task import Rendered
-from elasticore.eval.journal import Journal, key
+from elasticore.eval.journal import Entry, Journal, key
 from elasticore.eval.measuring import Measures, measured
 from elasticore.models.generating import greedy
 
@@ -43,6 +43,11 @@ class ElasticLM(HFLM):
         Wraps the batches, for a progress bar.
     settings
         Of :class:`lm_eval.models.huggingface.HFLM`.
+
+    Attributes
+    ----------
+    answered
+        The answers to what was asked here, by task and document; the journal may hold others.
 
     Raises
     ------
@@ -78,6 +83,7 @@ class ElasticLM(HFLM):
         )
         self.journal = journal
         self.progress = progress
+        self.answered: dict[tuple[str, int], Entry] = {}
         self._measures: list[Measures] = []
         self._prompts: dict[str, list[int]] = {}
 
@@ -108,7 +114,9 @@ class ElasticLM(HFLM):
             for request, answer, place in zip(batch, answers, places, strict=True):
                 if key(request) not in self.journal:
                     self.journal.add(request, answer, self._measures[place])
-        return [self.journal[key(request)].answer for request in requests]
+        entries = [self.journal[key(request)] for request in requests]
+        self.answered |= {(one.task, one.document): one for one in entries}
+        return [one.answer for one in entries]
 
     def _check_lengths(self, requests: list[Instance], sizes: dict[str, int]) -> None:
         """Refuse what the harness would cut, the first one to be found."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,8 +16,9 @@ from transformers import PreTrainedModel
 
 from elasticore.assets import ROUTERS
 from elasticore.eval.baselines import PerQuery, attend_with, load_nsa
-from elasticore.models.elastic import Elastic
+from elasticore.models.elastic import PRESETS, Elastic
 from elasticore.models.families import attention_layers, is_local
+from elasticore.models.files import read_files
 from elasticore.patterns import Streaming
 from elasticore.patterns.registry import pattern_from_dict
 from elasticore.router.policies import AllSparse, Policy
@@ -25,6 +27,7 @@ from elasticore.router.tables import HeadTable
 __all__ = ["Method", "published"]
 
 FULL, ROUTER, PATTERN, NSA = "full", "router", "pattern", "nsa"
+PATH = "path"
 PER_QUERY = "-per-query"
 _PATTERN = ("sparsity", "sink", "local")
 
@@ -55,7 +58,9 @@ class Method:
 
     @classmethod
     def parse(cls, text: str) -> Method:
-        """Read what ``--method`` takes: ``[NAME=]KIND[:key=value,...]``.
+        """Read what ``--method`` takes: ``[NAME=]KIND[:key=value,...]``, with YAML values.
+
+        A path is taken as it stands; a comma in it ends it only before another ``key=``.
 
         Raises
         ------
@@ -72,14 +77,14 @@ class Method:
         head, _, tail = text.partition(":")
         name, named, kind = head.rpartition("=")
         settings: dict[str, Any] = {}
-        for part in filter(None, tail.split(",")):
+        for part in filter(None, re.split(r",(?=\w+=)", tail)):
             key, found, value = part.partition("=")
-            if not key or not found:
+            if not key or not found or ("," in value and key != PATH):
                 raise ValueError(
                     f"method {text!r} must be KIND, KIND:key=value,... or NAME=KIND..., such as "
                     "xattention:threshold=0.9 or ours=router:path=runs/routers."
                 )
-            settings[key] = yaml.safe_load(value)
+            settings[key] = value if key == PATH else yaml.safe_load(value)
         if not kind or (named and not name):
             raise ValueError(f"method {text!r} names no kind; such as full, streaming, xattention.")
         return cls(name or _folder_name(kind, settings), kind, settings)
@@ -152,11 +157,13 @@ class Method:
                 yield
 
     def digest(self) -> str | None:
-        """SHA-256 of the files at ``path``; None without any on this machine."""
-        if "path" not in self.settings:
+        """SHA-256 of the files at ``path``, be it here or on a hub; None without any."""
+        if PATH not in self.settings:
             return None
-        path = str(self.settings["path"])
+        path = str(self.settings[PATH])
         place = Path(ROUTERS.get(path, path))
+        if self.kind == ROUTER and not place.exists() and path not in PRESETS:
+            place = read_files(path)[0]
         files = sorted(place.rglob("*")) if place.is_dir() else [place]
         found = [file.read_bytes() for file in files if file.is_file()]
         return sha256(b"".join(found)).hexdigest() if found else None
@@ -172,7 +179,7 @@ class Method:
         return [PerQuery(selector) for _ in attention_layers(model)]
 
     def _path(self, settings: dict[str, Any], what: str) -> str:
-        path = settings.pop("path", None)
+        path = settings.pop(PATH, None)
         if path is None:
             raise ValueError(f"method {self.kind} needs path={what}.")
         return str(path)

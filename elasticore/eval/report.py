@@ -153,7 +153,15 @@ def read_runs(runs: Sequence[str | Path]) -> list[tuple[str, dict[str, Any]]]:
             )
         for file in files:
             name = file.parent.name if len(runs) == 1 else f"{run.name}/{file.parent.name}"
-            found.append((name, json.loads(file.read_text(encoding="utf-8"))))
+            try:
+                data = json.loads(file.read_text(encoding="utf-8"))
+                if not {"scores", "costs", "tasks", "in_groups"} <= set(data):
+                    raise ValueError("it lacks scores or costs")
+            except (ValueError, TypeError) as error:
+                raise ValueError(
+                    f"{file} is damaged: {error}; start the same `elasticore eval` again."
+                ) from error
+            found.append((name, data))
     return found
 
 

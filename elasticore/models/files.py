@@ -69,7 +69,7 @@ def read_files(
     TypeError
         If ``path`` is no str or Path.
     ValueError
-        If a file is damaged or of a newer format.
+        If a file is damaged, holds what is not finite, or is of a newer format.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -80,6 +80,9 @@ def read_files(
         tensors = load_file(folder / WEIGHTS)
     except SafetensorError as error:
         raise ValueError(f"path {folder / WEIGHTS} is damaged: {error}.") from error
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):  # a router would decide, but anything
+            raise ValueError(f"path {folder / WEIGHTS} is damaged: {name} is not finite.")
     if way.get("policy") is None:  # format 1: the names of the tensors say it
         table = bool(tensors) and all(name.endswith(".decisions") for name in tensors)
         way["policy"] = {"name": "head-table"} if table else way.pop("router")

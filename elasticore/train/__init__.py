@@ -10,7 +10,7 @@ _MODULE_OF = {
     "Collator": "elasticore.train.data",
     "DuoAttention": "elasticore.train.baselines",
     "DuoTrainer": "elasticore.train.baselines",
-    "JsonLines": "elasticore.train.data",
+    "JsonLines": "elasticore.train.jsonl",
     "LagrangianObjective": "elasticore.train.objective",
     "OfflineTasks": "elasticore.train.data",
     "PackedSamples": "elasticore.train.data",
@@ -22,7 +22,7 @@ _MODULE_OF = {
     "TrainingSample": "elasticore.train.data",
     "blocked_cross_entropy": "elasticore.train.loss",
     "checkpoint_layers": "elasticore.train.checkpointing",
-    "train": "elasticore.train.recipe",
+    "train": "elasticore.train.run",
 }
 
 __all__ = sorted(_MODULE_OF)

@@ -38,9 +38,11 @@ from elasticore.router.gates import (
 )
 from elasticore.router.policies import LayerShape, Policy
 from elasticore.router.tables import HeadTable, write_duo, write_prulong
+from elasticore.train.data import Learnt
 from elasticore.train.loss import hidden_states
 from elasticore.train.objective import LagrangianObjective, SparsityPenalty, sum_over_processes
-from elasticore.train.trainer import Learnt, RouterTrainer, load_layers
+from elasticore.train.resuming import load_layers
+from elasticore.train.trainer import RouterTrainer
 
 __all__ = [
     "BASELINES",

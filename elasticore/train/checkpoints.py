@@ -25,7 +25,6 @@ __all__ = [
     "commit",
     "damage",
     "find_checkpoint",
-    "free_bytes",
     "name_of",
     "newest",
     "saved_settings",
@@ -163,14 +162,6 @@ def find_checkpoint(path: str | Path) -> Path:
 def saved_settings(folder: Path) -> dict[str, Any]:
     """The settings that :func:`commit` was given."""
     return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["settings"]
-
-
-def free_bytes(run: Path) -> str:
-    """How much room there is, in words."""
-    try:
-        return f"{shutil.disk_usage(run).free / 1e6:,.1f} MB are free there"
-    except OSError:
-        return "what is free there cannot be read"
 
 
 def _list(folder: Path) -> dict[str, tuple[int, int]]:

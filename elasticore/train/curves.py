@@ -155,7 +155,12 @@ def _curves(content: Any, name: str, file: Path) -> Curves:
         )
     beside = file.parent / {HISTORY: "recipe.json", STATE: "objective.json"}.get(file.name, "")
     if beside.is_file():
-        settings = json.loads(beside.read_text(encoding="utf-8")) | settings
+        try:
+            settings = json.loads(beside.read_text(encoding="utf-8")) | settings
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"run {beside} is damaged: {error}; remove it to go without."
+            ) from None
     return Curves(
         name,
         tuple(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -16,12 +15,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from elasticore.checks import check_int, check_number
-from elasticore.data.encoding import Encoder, fingerprint
+from elasticore.data.encoding import fingerprint
 from elasticore.data.parquet import PackedParquet
-from elasticore.data.prompting import end_token, prompt_tokens
 from elasticore.data.sequence import IGNORED
+from elasticore.train.content import check_vocabulary, digest_of
 
-__all__ = ["Collator", "JsonLines", "Learnt", "OfflineTasks", "PackedSamples", "TrainingSample"]
+__all__ = ["Collator", "Learnt", "OfflineTasks", "PackedSamples", "TrainingSample"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +44,7 @@ class TrainingSample:
     Raises
     ------
     ValueError
-        If the prompt has more tokens than the sample.
+        If the prompt has more tokens than the sample, or a label is neither its token nor -100.
     """
 
     input_ids: Tensor
@@ -58,6 +57,16 @@ class TrainingSample:
         size = len(self.input_ids)
         if not 0 <= self.prompt <= size:
             raise ValueError(f"prompt must be from 0 to the sample's {size} tokens: {self.prompt}.")
+        if self.labels.shape != self.input_ids.shape:
+            raise ValueError(f"labels of {self} must be as many as its tokens: {len(self.labels)}.")
+        wrong = ((self.labels != IGNORED) & (self.labels != self.input_ids)).nonzero()
+        if len(wrong):
+            at = int(wrong[0])
+            raise ValueError(
+                f"labels of {self} must each be the token in its place, or {IGNORED} where nothing "
+                f"is to be learnt; label {at} is {int(self.labels[at])}, and token {at} is "
+                f"{int(self.input_ids[at])}. They are not shifted: the loss does that."
+            )
         if self.prompt == 0:
             learnt = (self.labels != IGNORED).nonzero()
             first = int(learnt[0]) if len(learnt) else size
@@ -136,23 +145,37 @@ class OfflineTasks(Dataset[TrainingSample]):
             raise ValueError(f"split must be 'train' or 'heldout', got {split!r}.")
         self.tokenizer, self.module, self.chat = tokenizer, module, chat
         self.length, self.samples, self.seed, self.split = length, samples, seed, split
-        self._tasks = list(tasks)
+        self.tasks, self.longest = tuple(tasks), length
         total = sum(tasks.values())
-        self._edges = np.cumsum([tasks[task] / total for task in self._tasks])
+        self._edges = np.cumsum([tasks[task] / total for task in self.tasks])
+
+    @property
+    def digest(self) -> str:
+        """What tells the samples from others: the settings, and the first of them."""
+        about = (self.module, self.chat, self.length, self.samples, self.seed, self.split)
+        return digest_of([self[0]], *about, self.tasks, self._edges.tolist())
+
+    def check(self) -> None:
+        """Make a sample of each task; raises ``ValueError`` where the length is too short."""
+        for task in self.tasks:
+            self._made(task, 0)
 
     def __len__(self) -> int:
         return self.samples
 
     def __getitem__(self, index: int) -> TrainingSample:
-        from elasticore.eval.tasks import make_sample
-
         if not 0 <= index < self.samples:
             raise IndexError(index)
         # A golden-ratio walk over [0, 1): every stretch of samples holds the tasks in proportion.
         point = (index * 0.6180339887498949) % 1.0
-        task = self._tasks[
-            min(int(np.searchsorted(self._edges, point, "right")), len(self._tasks) - 1)
+        task = self.tasks[
+            min(int(np.searchsorted(self._edges, point, "right")), len(self.tasks) - 1)
         ]
+        return self._made(task, index)
+
+    def _made(self, task: str, index: int) -> TrainingSample:
+        from elasticore.eval.tasks import make_sample
+
         seed = self.seed * 1_000_003 + index
         module: Any = importlib.import_module(self.module)  # tasks themselves cannot be pickled
         sample = make_sample(task, self.tokenizer, self.length, seed, self.split, module.TASKS)
@@ -164,98 +187,6 @@ class OfflineTasks(Dataset[TrainingSample]):
         labels[asked] = ids[asked]
         origin = f"offline {self.split} sample {index}"
         return TrainingSample(ids, labels, task, origin, sample.start)
-
-
-class JsonLines(Dataset[TrainingSample]):
-    """Samples from a file with one JSON object a line.
-
-    A line holds ``task`` and one of
-
-    - ``messages``, a list of ``role`` and ``content`` whose last one is the assistant's answer:
-      the chat template writes them, as in ``elasticore data build``, and the answer with its end
-      mark is learnt;
-    - ``prompt`` and ``answer``, which are tokenized as they are, with a beginning of text where the
-      model has one; only the answer, and the end of text, is learnt;
-    - ``input_ids`` and ``labels``.
-
-    Parameters
-    ----------
-    path
-        The file.
-    tokenizer
-        The model's tokenizer.
-    max_length
-        Longer samples are an error: a cut prompt has lost what its answer needs.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        If there is no file; if a line is not as above, or needs a chat template or an end of text
-        that the tokenizer does not have.
-    """
-
-    def __init__(self, path: str | Path, tokenizer: Any, max_length: int) -> None:
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise FileNotFoundError(f"path {self.path} is no file.")
-        self.rows = []
-        with self.path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    self.rows.append(self._row(number, line, tokenizer, max_length))
-        if not self.rows:
-            raise ValueError(f"path {self.path} holds no sample.")
-
-    def _row(self, number: int, line: str, tokenizer: Any, max_length: int) -> TrainingSample:
-        where, start = f"{self.path}, line {number}", 0
-        try:
-            row = json.loads(line)
-            task = row["task"]
-            if "input_ids" in row:
-                ids, labels = list(row["input_ids"]), list(row["labels"])
-            else:
-                prompt, answer = _asked(row, tokenizer, where)
-                start = len(prompt)
-                ids, labels = prompt + answer, [IGNORED] * len(prompt) + answer
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{where}: expected a JSON object with task and one of messages; prompt and "
-                f"answer; input_ids and labels; got {error!r}."
-            ) from error
-        if len(ids) != len(labels):
-            raise ValueError(f"{where}: {len(ids)} input_ids but {len(labels)} labels.")
-        if not 2 <= len(ids) <= max_length:
-            raise ValueError(f"{where}: {len(ids)} tokens; accepted are 2 to {max_length}.")
-        return TrainingSample(torch.tensor(ids), torch.tensor(labels), str(task), where, start)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> TrainingSample:
-        return self.rows[index]
-
-
-def _asked(row: Any, tokenizer: Any, where: str) -> tuple[list[int], list[int]]:
-    """Tokens of a row's prompt and of its answer."""
-    if "messages" not in row:
-        end = end_token(
-            tokenizer, f"{where} needs after its answer", ", or give messages for its chat template"
-        )
-        answer = tokenizer(row["answer"], add_special_tokens=False)["input_ids"]
-        return prompt_tokens(tokenizer, row["prompt"]), [*answer, end]
-    messages = row["messages"]
-    if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise ValueError(
-            f"{where}: messages must end with the assistant's answer to an earlier one."
-        )
-    found = Encoder(tokenizer).conversation(messages)
-    if found is None:
-        raise ValueError(
-            f"{where}: the last message is empty, or the chat template changes what comes before "
-            "it once it is there, so prompt and answer cannot be told apart; give prompt and "
-            "answer."
-        )
-    return found
 
 
 class PackedSamples(Dataset[tuple[TrainingSample, ...]]):
@@ -274,6 +205,13 @@ class PackedSamples(Dataset[tuple[TrainingSample, ...]]):
     ----------
     tasks
         The tasks that occur.
+    longest
+        Tokens that a sample may have; None where the data do not say.
+
+    Raises
+    ------
+    ValueError
+        Also when a row is read whose tokens are not all in the vocabulary.
     """
 
     def __init__(
@@ -281,6 +219,8 @@ class PackedSamples(Dataset[tuple[TrainingSample, ...]]):
     ) -> None:
         self.data = PackedParquet(path, loss)
         self.tasks = self.data.tasks  # read now, as an id that is no task's is an error
+        self.longest: int | None = (self.data.card or {}).get("settings", {}).get("max_length")
+        self._vocabulary = None if tokenizer is None else len(tokenizer)
         made_with = self.data.header.tokenizer
         if made_with is not None:
             own = fingerprint(tokenizer)
@@ -290,12 +230,19 @@ class PackedSamples(Dataset[tuple[TrainingSample, ...]]):
                     f"are not those of {own['name'] or 'the backbone'}; build it again with that."
                 )
 
+    @property
+    def digest(self) -> str:
+        """What tells the samples from others: the files' sizes, and the first and last row."""
+        files = [(file.name, file.stat().st_size) for file in self.data.files]
+        rows = (one for index in {0, len(self) - 1} for one in self[index])
+        return digest_of(rows, self.data.loss, len(self), files)
+
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, index: int) -> tuple[TrainingSample, ...]:
         where = self.data.where(index)
-        return tuple(
+        samples = tuple(
             TrainingSample(
                 torch.tensor(one.input_ids, dtype=torch.int64),
                 torch.tensor(one.labels, dtype=torch.int64),
@@ -305,6 +252,9 @@ class PackedSamples(Dataset[tuple[TrainingSample, ...]]):
             )
             for number, one in enumerate(self.data[index])
         )
+        for one in samples:
+            check_vocabulary(one.input_ids, self._vocabulary, one.origin)
+        return samples
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -14,15 +13,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import TrainerCallback
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations import TensorBoardCallback, get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from elasticore.places import write_text
 from elasticore.router import Routing
 from elasticore.train.curves import HISTORY
 
 __all__ = [
     "HistoryFile",
     "Meter",
+    "TensorBoard",
     "decision_entropy",
     "entropy_figures",
     "reporters",
@@ -189,9 +190,23 @@ class HistoryFile(TrainerCallback):
         entries = [entry for entry in state.log_history if "penalty" in entry]
         file = Path(args.output_dir) / HISTORY
         file.parent.mkdir(parents=True, exist_ok=True)
-        beside = file.with_suffix(".tmp")
-        beside.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, file)  # a reader finds the old file or the new one, whole
+        write_text(file, json.dumps(entries, indent=1) + "\n")  # whole, whenever it is read
+
+
+class TensorBoard(TensorBoardCallback):
+    """The Trainer's, in one folder of the run's: what was logged after a checkpoint goes.
+
+    A run that is killed has logged steps that a resumed one takes again; TensorBoard would show
+    both. What is written here tells it which to forget.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the folder."""
+        self.logging_dir = self.logging_dir or str(Path(args.output_dir) / "tensorboard")
+        if state.is_world_process_zero and self.tb_writer is None:
+            begin = state.global_step + 1
+            self.tb_writer = self._SummaryWriter(log_dir=self.logging_dir, purge_step=begin)
+        super().on_train_begin(args, state, control, **kwargs)
 
 
 def reporters(names: str | Sequence[str] | None) -> list[str]:

@@ -304,7 +304,9 @@ def _processes() -> int:
 def _bounds(task: str, target: float | Sequence[float]) -> tuple[float, float]:
     """A target as (low, high)."""
     values = target if isinstance(target, (tuple, list)) else (target, target)
-    if len(values) != 2 or not all(isinstance(v, (int, float)) for v in values):
+    if len(values) != 2 or any(
+        isinstance(v, bool) or not isinstance(v, (int, float)) for v in values
+    ):
         raise TypeError(
             f"targets[{task!r}] must be a number or a pair (low, high), got {target!r}."
         )

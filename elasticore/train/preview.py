@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from elasticore.assets import backbone_path
 from elasticore.models.families import attention_layers, family_of, is_local
-from elasticore.models.loading import TINY
+from elasticore.models.loading import load_tokenizer
 from elasticore.router.policies import LayerShape
-from elasticore.train.data import JsonLines, OfflineTasks, PackedSamples
-from elasticore.train.recipe import Parts, Recipe, check_tasks, dataset_of, parts_of
+from elasticore.train.content import check_samples
+from elasticore.train.data import PackedSamples
+from elasticore.train.processes import launched
+from elasticore.train.recipe import Parts, Recipe, dataset_of, parts_of
 from elasticore.train.sharding import check_sharding, shardable
 from elasticore.train.slices import check_slices
 
@@ -48,7 +50,7 @@ def preview(recipe: Recipe) -> Preview:
         are not here are no error: they are in :attr:`Preview.unchecked`.
     """
     parts = parts_of(recipe)
-    processes = int(os.environ.get("WORLD_SIZE", 1))
+    processes = launched().size
     check_sharding(recipe.sharding, processes)
     packed = recipe.packed or recipe.data.get("kind") == "packed"
     check_slices(recipe.sequence_parallel, processes, packed)
@@ -67,12 +69,8 @@ def preview(recipe: Recipe) -> Preview:
         * recipe.accumulation
         * (processes // recipe.sequence_parallel),
     }
-    path: str | Path = recipe.backbone
-    if path == TINY:
-        from elasticore.assets import tiny
-
-        path = tiny() / "backbone"
     try:
+        path = backbone_path(recipe.backbone)
         _weigh(recipe, parts, path, processes, result)
     except OSError:
         result.unchecked.append(
@@ -81,18 +79,16 @@ def preview(recipe: Recipe) -> Preview:
         )
         return result
     try:
-        _look(recipe, parts, path, result)
+        _look(recipe, parts, result)
     except OSError as error:
         result.unchecked.append(f"data: {error}")
     return result
 
 
-def _weigh(recipe: Recipe, parts: Parts, path: str | Path, processes: int, result: Preview) -> None:
+def _weigh(recipe: Recipe, parts: Parts, path: str, processes: int, result: Preview) -> None:
     """Add the sizes of the model, from its configuration alone."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if recipe.dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {recipe.dtype!r}.")
     dtype = getattr(torch, recipe.dtype)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
@@ -114,6 +110,7 @@ def _weigh(recipe: Recipe, parts: Parts, path: str | Path, processes: int, resul
     trained = sum(p.numel() for policy in policies for p in policy.parameters())
     result.figures |= {
         "elastic layers": len(layers),
+        "positions": model.config.max_position_embeddings,
         "KV heads": heads,
         "parameters that train": trained,
         "frozen parameters": weights,
@@ -124,24 +121,19 @@ def _weigh(recipe: Recipe, parts: Parts, path: str | Path, processes: int, resul
     }
 
 
-def _look(recipe: Recipe, parts: Parts, path: str | Path, result: Preview) -> None:
+def _look(recipe: Recipe, parts: Parts, result: Preview) -> None:
     """Add what the data hold."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = load_tokenizer(recipe.backbone)
+    positions = result.figures["positions"]
     if recipe.validation:
         held_out: Any = dataset_of(recipe, tokenizer, held_out=True)
-        check_tasks(held_out, parts.objective)
+        check_samples("validation", held_out, parts.objective.tasks, positions)
         result.figures["rows held out"] = len(held_out)
     dataset: Any = dataset_of(recipe, tokenizer)
-    check_tasks(dataset, parts.objective)
-    longest: int | None = None
+    check_samples("data", dataset, parts.objective.tasks, positions)
+    longest = dataset.longest
     if isinstance(dataset, PackedSamples):
         longest = dataset.data.header.capacity
-    elif isinstance(dataset, JsonLines):
-        longest = max(len(row.input_ids) for row in dataset.rows)
-    elif isinstance(dataset, OfflineTasks):
-        longest = dataset.length
     result.figures["rows of data"] = len(dataset)
     if longest is not None:
         result.figures["tokens of a row, at most"] = longest

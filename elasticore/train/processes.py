@@ -4,17 +4,50 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
-__all__ = ["check_processes", "from_first", "highest", "together"]
+__all__ = ["Launched", "check_processes", "from_first", "highest", "launched", "together"]
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 Made = TypeVar("Made")
+
+
+class Launched(NamedTuple):
+    """What a launcher says to a process that it has started."""
+
+    rank: int
+    size: int
+
+
+def launched() -> Launched:
+    """This process's number and how many there are, as ``RANK`` and ``WORLD_SIZE`` say.
+
+    Raises
+    ------
+    ValueError
+        If they say nothing that can be, as what an earlier job has left in the environment.
+    """
+    numbers = []
+    for name, least, default in (("WORLD_SIZE", 1, "1"), ("RANK", 0, "0")):
+        text = os.environ.get(name, default)
+        if not text.isdecimal() or int(text) < least:
+            raise ValueError(
+                f"{name} in the environment is {text!r}, and must be a number from {least} up; "
+                "unset it, or start the processes with torchrun."
+            )
+        numbers.append(int(text))
+    size, rank = numbers
+    if rank >= size:
+        raise ValueError(
+            f"RANK in the environment is {rank}, but WORLD_SIZE says that there are {size} "
+            "processes; unset RANK if no launcher has set it, or start with torchrun."
+        )
+    return Launched(rank, size)
 
 
 def check_processes(args: TrainingArguments) -> None:
@@ -26,10 +59,10 @@ def check_processes(args: TrainingArguments) -> None:
         If the Trainer would copy the model to several GPUs of this one process, or a launcher has
         started processes that each would train alone; the message says what to do.
     """
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if args.world_size != launched:
+    size = launched().size
+    if args.world_size != size:
         raise ValueError(
-            f"args has world_size {args.world_size}, but a launcher has started {launched} "
+            f"args has world_size {args.world_size}, but a launcher has started {size} "
             "processes, which would all train alone. Without GPUs, pass use_cpu=True and set "
             "ACCELERATE_USE_CPU=true."
         )

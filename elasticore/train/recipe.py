@@ -3,37 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_type_hints
 
-import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
-from elasticore.checks import check_int, check_number
+from elasticore.checks import check_int, check_number, check_type
 from elasticore.choice import use_backend
-from elasticore.models.elastic import Elastic, elasticize, routers, way_of
-from elasticore.models.loading import load_backbone
+from elasticore.models.elastic import Elastic
 from elasticore.patterns import Streaming
 from elasticore.router.policies import Router
 from elasticore.router.schedule import temperature_schedule
-from elasticore.train.checkpoints import find_checkpoint, newest
-from elasticore.train.data import Collator, JsonLines, OfflineTasks, PackedSamples
+from elasticore.train.data import OfflineTasks, PackedSamples
+from elasticore.train.jsonl import JsonLines
 from elasticore.train.objective import LagrangianObjective
+from elasticore.train.processes import launched
 
 if TYPE_CHECKING:
     from elasticore.train.baselines import Baseline
 
-__all__ = ["Parts", "Recipe", "check_tasks", "dataset_of", "parts_of", "train"]
+__all__ = ["Parts", "Recipe", "dataset_of", "parts_of"]
 
 _OLD = ("mode", "sink", "local", "selector", "boundary", "hidden_multiplier", "sampler")
-
-TIMEOUT = 600
-"""Seconds that a process waits for the others before it gives up: one of them has died or hangs."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +117,7 @@ class Recipe:
     max_grad_norm: float = 5.0
     reduction: Literal["tokens", "samples"] = "tokens"
     packed: bool = False
-    dtype: str = "bfloat16"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
     checkpointing: bool = False
     sharding: Literal["none", "full", "hybrid"] = "none"
     sequence_parallel: int = 1
@@ -140,6 +133,8 @@ class Recipe:
     report_to: str | list[str] | None = None
 
     def __post_init__(self) -> None:
+        for name, accepted in get_type_hints(type(self)).items():
+            check_type(name, getattr(self, name), accepted)
         for name in ("max_steps", "batch_size", "accumulation", "logging_steps", "eval_steps"):
             check_int(name, getattr(self, name), 1)
         if self.keep_best and not (self.validation and self.save_steps):
@@ -148,7 +143,7 @@ class Recipe:
         check_int("calibration", self.calibration, 0)
         if self.calibration == 1 or (self.calibration and self.policy != "elastic"):
             raise ValueError("calibration takes at least 2 samples, and policy elastic.")
-        for name in ("save_steps", "keep", "workers"):
+        for name in ("save_steps", "keep", "workers", "seed"):
             check_int(name, getattr(self, name), 0)
         for name in ("router_lr", "multiplier_lr", "weight_decay", "max_grad_norm"):
             check_number(name, getattr(self, name), 0)
@@ -174,8 +169,8 @@ class Recipe:
         FileNotFoundError
             If there is no such file.
         ValueError
-            If it is no YAML mapping, or names settings that do not exist or misses some, or a
-            change leads nowhere.
+            If it is no YAML mapping, or names settings that do not exist or misses some, a value is
+            of another type or out of range, or a change leads nowhere.
         """
         from elasticore.train.settings import changed, read_settings
 
@@ -189,7 +184,10 @@ class Recipe:
                 f"config {path}: unknown settings {unknown}, missing settings {missing}; "
                 f"there are: {', '.join(sorted(defaults))}."
             )
-        return cls(**data)
+        try:
+            return cls(**data)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"config {path}: {error}") from None
 
 
 def _default(setting: dataclasses.Field[Any]) -> Any:
@@ -206,157 +204,27 @@ class Parts(NamedTuple):
     objective: LagrangianObjective
     temperature: Callable[[int, int], float]
     method: Baseline | None
+    report_to: list[str]
 
 
 def parts_of(recipe: Recipe) -> Parts:
     """Make what needs neither model nor data; raises ``ValueError`` on a setting that is wrong."""
+    from elasticore.train.monitor import reporters
+
     with use_backend(recipe.backend):  # unknown or unavailable: said now, not after loading
         pass
     try:
         temperature = temperature_schedule(**recipe.temperature)
     except TypeError as error:
-        raise ValueError(f"temperature does not take these settings: {error}.") from None
-    objective = LagrangianObjective(
-        recipe.targets, recipe.signed, recipe.multiplier_init, seed=recipe.seed
-    )
-    method = _method(recipe)
-    return Parts(_way(recipe, method), objective, temperature, method)
-
-
-def train(recipe: Recipe, output: str | Path, *, resume: str | Path | None = None) -> Path:
-    """Run a recipe; return the directory of the trained routers, or of the static pattern.
-
-    Parameters
-    ----------
-    recipe
-        The settings.
-    output
-        Directory for checkpoints, TensorBoard logs and, in ``output/router``, the result. A static
-        pattern is also in ``output/pattern``, in the format of its method.
-    resume
-        A checkpoint of a run with the same recipe; or the folder of a run, for its newest whole
-        checkpoint; or ``"auto"``: the newest in ``output``, and the start where there is none.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no checkpoint to resume from.
-    FileExistsError
-        If ``output`` holds checkpoints of an earlier run, and ``resume`` is None.
-    ValueError
-        If a setting is wrong, or several GPUs are visible to a single process; nothing has been
-        written then.
-    """
-    from transformers import PrinterCallback, TrainingArguments
-
-    from elasticore.train.baselines import settle_gates
-    from elasticore.train.calibration import pooled_keys
-    from elasticore.train.checkpointing import checkpoint_layers
-    from elasticore.train.monitor import HistoryFile, reporters
-    from elasticore.train.processes import check_processes, from_first
-    from elasticore.train.progress import Progress
-    from elasticore.train.sharding import check_sharding, shard_backbone
-    from elasticore.train.slices import check_slices
-    from elasticore.train.trainer import RouterTrainer
-
-    output = Path(output)
-    way, objective, temperature, method = parts_of(recipe)
-    args = TrainingArguments(
-        output_dir=str(output),
-        max_steps=recipe.max_steps,
-        per_device_train_batch_size=recipe.batch_size,
-        gradient_accumulation_steps=recipe.accumulation,
-        learning_rate=recipe.router_lr if method is None else method.lr,
-        weight_decay=recipe.weight_decay if method is None else 0.0,
-        adam_beta1=0.9,
-        adam_beta2=0.95,
-        max_grad_norm=recipe.max_grad_norm,
-        lr_scheduler_type="cosine",
-        warmup_steps=recipe.warmup_ratio,
-        bf16=False,  # the backbone's dtype decides; routers stay in float32
-        seed=recipe.seed,
-        logging_steps=recipe.logging_steps,
-        save_strategy="steps" if recipe.save_steps else "no",
-        save_steps=recipe.save_steps or recipe.max_steps,
-        save_total_limit=recipe.keep or None,
-        ddp_timeout=TIMEOUT,
-        eval_strategy="steps" if recipe.validation else "no",
-        eval_steps=recipe.eval_steps,
-        per_device_eval_batch_size=recipe.batch_size,
-        prediction_loss_only=True,
-        metric_for_best_model="loss" if recipe.validation else None,
-        greater_is_better=False if recipe.validation else None,
-        report_to=reporters(recipe.report_to),
-        dataloader_num_workers=recipe.workers,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(),
-    )
-    check_processes(args)  # and each process now has its own device
-    start = from_first(lambda: _start(output, resume))
-    check_sharding(recipe.sharding, args.world_size)
-    packed = recipe.packed or recipe.data.get("kind") == "packed"
-    check_slices(recipe.sequence_parallel, args.world_size, packed)
-    model, tokenizer = load_backbone(recipe.backbone, recipe.dtype)
-    dataset = dataset_of(recipe, tokenizer)
-    held_out = dataset_of(recipe, tokenizer, held_out=True) if recipe.validation else None
-    for samples in (dataset, held_out):
-        check_tasks(samples, objective)
-    pooled: list[Tensor] = []
-    if recipe.calibration and isinstance(way.policy, Router) and way.policy.weights is None:
-        with use_backend(recipe.backend):
-            pooled = pooled_keys(model, dataset, recipe.calibration, way.policy.boundary)
-    torch.manual_seed(recipe.seed)  # of the routers' start
-    elasticize(model, way)
-    for router, keys in zip(routers(model), pooled, strict=False):  # none where none are wanted
-        router.calibrate(keys)  # type: ignore[operator]
-    if recipe.checkpointing:
-        checkpoint_layers(model)
-    shard_backbone(model, recipe.sharding)
-
-    collator = Collator(objective.tasks, tokenizer.pad_token_id or 0, packed, recipe.reduction)
-    trained = objective if method is None else method.objective()
-    trainer = (RouterTrainer if method is None else method.trainer)(
-        model,
-        args,
-        trained,  # type: ignore[arg-type]
-        train_dataset=dataset,
-        eval_dataset=held_out,
-        collator=collator,
-        temperature=temperature,
-        multiplier_lr=recipe.multiplier_lr if method is None else method.multiplier_lr,
-        sequence_parallel=recipe.sequence_parallel,
-        callbacks=[Progress(trained.tasks), HistoryFile()],
-    )
-    if args.should_save:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "recipe.json").write_text(
-            json.dumps(dataclasses.asdict(recipe), indent=2) + "\n", encoding="utf-8"
+        raise ValueError(f"temperature does not take these settings: {_bare(error)}.") from None
+    try:
+        objective = LagrangianObjective(
+            recipe.targets, recipe.signed, recipe.multiplier_init, seed=recipe.seed
         )
-    trainer.remove_callback(PrinterCallback)  # Progress speaks, and not on standard output
-    with use_backend(recipe.backend):
-        trainer.train(resume_from_checkpoint=start)
-    if recipe.keep_best:
-        trainer.load_best()
-    if args.should_save:
-        if method is not None:
-            settle_gates(model, output / "pattern")
-        way_of(model).save(output / "router")
-    trainer.accelerator.wait_for_everyone()
-    return output / "router"
-
-
-def _start(output: Path, resume: str | Path | None) -> Path | None:
-    """The checkpoint to go on from; None for a new run."""
-    if resume is not None and str(resume) != "auto":
-        return find_checkpoint(resume)
-    there = newest(output)
-    if there is not None and resume is None:
-        raise FileExistsError(
-            f"output {output} holds {there.name} of an earlier run; pass resume auto to go on from "
-            "it, or another output to start anew."
-        )
-    return there
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+    method, report_to = _method(recipe), reporters(recipe.report_to)
+    return Parts(_way(recipe, method), objective, temperature, method, report_to)
 
 
 def _way(recipe: Recipe, method: Baseline | None) -> Elastic:
@@ -411,7 +279,7 @@ def dataset_of(recipe: Recipe, tokenizer: Any, *, held_out: bool = False) -> Dat
     kind = settings.pop("kind", None)
     try:
         if kind == "offline":
-            processes = int(os.environ.get("WORLD_SIZE", 1)) // recipe.sequence_parallel
+            processes = launched().size // recipe.sequence_parallel
             samples = recipe.max_steps * recipe.batch_size * recipe.accumulation * processes
             defaults: dict[str, Any] = {"samples": samples, "seed": recipe.seed}
             if held_out:
@@ -422,16 +290,9 @@ def dataset_of(recipe: Recipe, tokenizer: Any, *, held_out: bool = False) -> Dat
         if kind == "packed":
             return PackedSamples(tokenizer=tokenizer, **settings)
     except TypeError as error:
-        raise ValueError(f"{name} does not take these settings: {error}.") from None
+        raise ValueError(f"{name} does not take these settings: {_bare(error)}.") from None
     raise ValueError(f"{name} needs kind: offline, jsonl or packed, got {kind!r}.")
 
 
-def check_tasks(dataset: Dataset[Any] | None, objective: LagrangianObjective) -> None:
-    """Raise ``ValueError`` if packed data hold a task that has no target."""
-    if isinstance(dataset, PackedSamples) and (
-        without := sorted(set(dataset.tasks) - set(objective.tasks))
-    ):
-        raise ValueError(
-            f"data {dataset.data.path} holds the tasks {', '.join(without)}, which have no target; "
-            f"targets name {', '.join(objective.tasks)}."
-        )
+def _bare(error: Exception) -> str:
+    return str(error).rstrip(".")

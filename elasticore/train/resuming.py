@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,24 +15,27 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
+from elasticore.checks import differences
+from elasticore.models.elastic import routers
+from elasticore.places import free_bytes
 from elasticore.train.checkpoints import (
     PARTIAL,
     checkpoints,
     clear_partial,
     commit,
     find_checkpoint,
-    free_bytes,
     name_of,
     saved_settings,
 )
-from elasticore.train.monitor import Meter
+from elasticore.train.monitor import Meter, TensorBoard
 from elasticore.train.processes import from_first, highest, together
 from elasticore.train.signals import Stopped, StopSignals, shield_workers
 from elasticore.train.validation import Measured, Validation, shares
 
-__all__ = ["ResumableTrainer"]
+__all__ = ["ResumableTrainer", "load_layers"]
 
 STATE = "trainer_state.json"
 
@@ -46,6 +51,8 @@ class ResumableTrainer(Trainer):
     checkpoint of it.
     """
 
+    identity: Mapping[str, Any] = {}
+    """What else a resumed run must share with the one that it goes on from, as JSON values."""
     fidelity_name: ClassVar[str]
     meter: Meter
     multiplier_lr: float
@@ -65,6 +72,8 @@ class ResumableTrainer(Trainer):
         self._best: Measured | None = None
         super().__init__(model, args, **arguments)
         self.add_callback(_Stop(self))
+        if self.pop_callback(TensorBoardCallback) is not None:
+            self.add_callback(TensorBoard())
 
     def train(
         self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any
@@ -88,7 +97,7 @@ class ResumableTrainer(Trainer):
         run, source = Path(str(self.args.output_dir)), resume_from_checkpoint
         found = None
         if source is not None and source is not False:
-            found = from_first(lambda: self._checked(run if source is True else Path(source)))
+            found = self.check_resumable(run if source is True else source)
         if self.args.process_index == 0:
             clear_partial(run)
         self._stopped = 0
@@ -175,7 +184,7 @@ class ResumableTrainer(Trainer):
         return highest(self._signals.received, self.args.device)
 
     def settings(self) -> dict[str, Any]:
-        """What decides a run's course, beside model and objective; a resumed run has the same."""
+        """What decides a run's course, as JSON values; a resumed run has the same."""
         args = self.args
         names = (
             *("max_steps", "num_train_epochs", "per_device_train_batch_size"),
@@ -187,12 +196,42 @@ class ResumableTrainer(Trainer):
         except TypeError:  # a stream
             samples = None
         return {
+            **self.identity,
             "processes": args.world_size,
             "samples": samples,
+            "data": getattr(self.train_dataset, "digest", None),
+            "validation": getattr(self.eval_dataset, "digest", None),
             "multiplier_lr": self.multiplier_lr,
             "lr_scheduler_type": str(args.lr_scheduler_type),
             **{name: getattr(args, name) for name in names},
         }
+
+    def check_resumable(self, source: str | Path) -> Path:
+        """The checkpoint to go on from; nothing is loaded or written.
+
+        Parameters
+        ----------
+        source
+            A checkpoint, or the folder of a run.
+
+        Raises
+        ------
+        FileNotFoundError, ValueError
+            As :meth:`train`.
+        """
+        own = json.loads(json.dumps(self.settings()))
+
+        def check() -> Path:
+            found = find_checkpoint(source)
+            differs = differences(saved_settings(found), own)
+            if differs:
+                raise ValueError(
+                    f"resume {found} was written by a run with other settings: "
+                    f"{', '.join(differs)}. Resume with the same, or start a new run."
+                )
+            return found
+
+        return from_first(check)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
@@ -200,17 +239,6 @@ class ResumableTrainer(Trainer):
             raise self.not_finite("the norm of the gradients", self._origins)
         self._origins = []
         return norm
-
-    def _checked(self, source: Path) -> Path:
-        found = find_checkpoint(source)
-        saved, own = saved_settings(found), self.settings()
-        differs = [f"{n} {saved.get(n)!r} (now {own[n]!r})" for n in own if saved.get(n) != own[n]]
-        if differs:
-            raise ValueError(
-                f"resume {found} was written by a run with other settings: {', '.join(differs)}. "
-                "Resume with the same, or start a new run."
-            )
-        return found
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         run, name = Path(str(self.args.output_dir)), name_of(self.state.global_step)
@@ -344,3 +372,15 @@ def _last(run: Path, resumed: Path | None = None) -> str:
 
 def _mb(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
+
+
+def load_layers(model: nn.Module, file: Path) -> None:
+    """Copy saved ``layers.INDEX.NAME`` into the model's own routers or policies."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(file)
+    for index, router in enumerate(routers(model)):
+        prefix = f"layers.{index}."
+        router.load_state_dict(
+            {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        )

@@ -14,7 +14,14 @@ __all__ = ["changed", "read_settings"]
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 5e-4 as text; people, and YAML 1.2, do not."""
+    """YAML as people mean it: 5e-4 is a number, which YAML 1.1 takes for text; keys are unique."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = [name for number, name in enumerate(names) if name in names[:number]]
+        if twice:
+            raise yaml.MarkedYAMLError(None, None, f"{twice[0]} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -36,9 +43,9 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"config {path} is no file.")
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"config {path} is no YAML: {error}") from error
+        data = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"config {path} is no YAML: {_said(error)}") from error
     if not isinstance(data, dict):
         raise ValueError(f"config {path} must be a mapping of settings.")
     return data
@@ -88,7 +95,9 @@ def changed(
         try:
             value = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
-            raise ValueError(f"set {change}: the value is no YAML: {error}") from error
+            raise ValueError(f"set {change}: the value is no YAML: {_said(error)}") from error
+        if re.search(r"(^|\s)#", text) and "#" not in str(value):
+            raise ValueError(f"set {change}: what follows # is left out of YAML; quote the value.")
         if steps[0] not in defaults:
             raise ValueError(
                 f"set {change}: there is no setting {steps[0]}; there are: "
@@ -113,3 +122,11 @@ def changed(
             )
         place[steps[-1]] = value
     return result
+
+
+def _said(error: Exception) -> str:
+    """What is wrong and where, in one line."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return str(error)
+    return f"{getattr(error, 'problem', None)}, in line {mark.line + 1}, column {mark.column + 1}."

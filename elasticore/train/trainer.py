@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,17 +15,21 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from elasticore.checks import check_number
+from elasticore.models.attach import state_of
 from elasticore.models.elastic import is_elastic, routers, way_of
 from elasticore.models.files import WEIGHTS
+from elasticore.models.fingerprint import fingerprint
 from elasticore.models.passes import PASS, Pass
-from elasticore.router import AttentionRouter, CosineTemperature, seed_noise
+from elasticore.router import AttentionRouter, CosineTemperature
 from elasticore.router.routing import model_msr
+from elasticore.train.content import check_samples
 from elasticore.train.data import Collator, Learnt, TrainingSample
+from elasticore.train.every_step import EveryStep
 from elasticore.train.loss import Head, blocked_cross_entropy, hidden_states
 from elasticore.train.monitor import Meter, decision_entropy, entropy_figures
 from elasticore.train.objective import LagrangianObjective
 from elasticore.train.processes import check_processes
-from elasticore.train.resuming import ResumableTrainer
+from elasticore.train.resuming import ResumableTrainer, load_layers
 from elasticore.train.sharding import average_routers, is_sharded
 from elasticore.train.slices import SliceCollator, check_slices, form_groups, share_batches
 
@@ -65,6 +70,9 @@ class RouterTrainer(ResumableTrainer):
     sequence_parallel
         Processes that share the tokens of each batch, which must be packed. The model is attached
         to them here: see :class:`~elasticore.models.parallel.SequenceParallel`.
+    identity
+        What else a resumed run must share with the one that it goes on from, as JSON values, such
+        as a hash of the backbone's weights.
     callbacks
         Further Trainer callbacks.
 
@@ -97,6 +105,7 @@ class RouterTrainer(ResumableTrainer):
         temperature: Callable[[int, int], float] | None = None,
         multiplier_lr: float = 1e-3,
         sequence_parallel: int = 1,
+        identity: Mapping[str, Any] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         if not isinstance(model, PreTrainedModel) or not is_elastic(model):
@@ -118,6 +127,10 @@ class RouterTrainer(ResumableTrainer):
             raise TypeError(f"collator must be a Collator or None, got {collator!r}.")
         if temperature is not None and not callable(temperature):
             raise TypeError(f"temperature must be callable (step, max_steps), got {temperature!r}.")
+        if identity is not None and not isinstance(identity, Mapping):
+            raise TypeError(f"identity must be a mapping or None, got {identity!r}.")
+        for name, samples in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            check_samples(name, samples, (collator or objective).tasks)
         check_processes(args)
         objective.check()
         model.requires_grad_(False)
@@ -135,7 +148,8 @@ class RouterTrainer(ResumableTrainer):
         self.objective = objective.to(args.device)
         self.temperature = CosineTemperature() if temperature is None else temperature
         self.multiplier_lr = multiplier_lr
-        self.reduction = collator.reduction
+        self.packed, self.reduction = collator.packed, collator.reduction
+        self.identity = dict(identity or {})
         self.meter = Meter()
         super().__init__(
             model,
@@ -145,7 +159,7 @@ class RouterTrainer(ResumableTrainer):
             else SliceCollator(collator, self.slices.rank, self.slices.size),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            callbacks=[_EveryStep(self), *callbacks],
+            callbacks=[EveryStep(self), *callbacks],
         )
         # So the Trainer counts the learnt tokens and leaves it to the loss to average over
         # micro-batches.
@@ -161,9 +175,20 @@ class RouterTrainer(ResumableTrainer):
         return share_batches(super().get_eval_dataloader(eval_dataset), self.slices)
 
     def settings(self) -> dict[str, Any]:
-        """As ever, with how many processes share a batch: the order of the data depends on it."""
-        size = 1 if self.slices is None else self.slices.size
-        return super().settings() | {"sequence_parallel": size}
+        """As ever, with how the model attends, what it is, and what is made of the data."""
+        model = self._elastic()
+        way, temperature = state_of(model).way, self.temperature
+        names = {field.name for field in fields(way)} - {"policy", "base", "_"}
+        return super().settings() | {
+            "sequence_parallel": 1 if self.slices is None else self.slices.size,
+            "model": {k: v for k, v in fingerprint(model).items() if k != "name"},
+            "dtype": str(model.dtype),
+            "policy": [type(way.policy).__name__, repr(way.policy.settings())],
+            "way": {name: str(getattr(way, name)) for name in sorted(names)},
+            "temperature": repr(temperature) if is_dataclass(temperature) else None,
+            "objective": self.objective.config(),
+            "collator": {"packed": self.packed, "reduction": self.reduction},
+        }
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW: the routers descend, the multipliers ascend."""
@@ -363,47 +388,9 @@ class RouterTrainer(ResumableTrainer):
         from safetensors.torch import load_file
 
         folder = Path(resume_from_checkpoint)
-        saved = json.loads((folder / OBJECTIVE).read_text(encoding="utf-8"))
-        own = json.loads(json.dumps(self.objective.config()))
-        if saved != own:
-            changed = sorted(key for key in own if saved.get(key) != own[key])
-            raise ValueError(
-                f"resume_from_checkpoint {folder} was trained with another objective (differs in "
-                f"{', '.join(changed)}); resume with the same settings or start a new run."
-            )
         self.load_policies(folder)
         self.objective.load_state_dict(load_file(folder / MULTIPLIERS), strict=True)
 
     def _load_best_model(self) -> None:
         if self.state.best_model_checkpoint is not None:
             self.load_policies(Path(self.state.best_model_checkpoint))
-
-
-class _EveryStep(TrainerCallback):
-    """Seeds the noise; before each step clears the multipliers' gradients and checks them."""
-
-    def __init__(self, trainer: RouterTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.world_size > 1:  # the Trainer has seeded all processes alike
-            seed_noise(args.seed, args.process_index)
-        self.trainer.meter.start()
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.meter.steps += 1
-        self.trainer.objective.zero_grad()  # the Trainer clears those of the model only
-        self.trainer.objective.check()
-        self.trainer.before_step(state.global_step, state.max_steps)
-
-
-def load_layers(model: PreTrainedModel, file: Path) -> None:
-    """Copy saved ``layers.INDEX.NAME`` into the model's own routers or policies."""
-    from safetensors.torch import load_file
-
-    tensors = load_file(file)
-    for index, router in enumerate(routers(model)):
-        prefix = f"layers.{index}."
-        router.load_state_dict(
-            {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-        )

@@ -23,12 +23,11 @@ from rich.progress import track
 from torch import Tensor
 
 import elasticore as ec
-from elasticore.data.encoding import load_tokenizer
 from elasticore.eval.corpus import Split
 from elasticore.eval.methods import Method
 from elasticore.eval.tasks import TASKS, Sample, Task, make_sample
 from elasticore.eval.teacher_forced import Score, score
-from elasticore.models.loading import TINY, load_backbone
+from elasticore.models.loading import TINY, load_backbone, load_tokenizer
 from recipes.study.replay import Replayed, packed
 from recipes.study.runs import console
 

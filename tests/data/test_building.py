@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from elasticore.data import SOURCES, PackedParquet, build, chunks, show
+from elasticore.places import held
 
 LENGTHS = {"min_length": 128, "max_length": 1024, "pack": 2048}
 
@@ -173,11 +174,59 @@ def test_an_interrupted_build_leaves_nothing_that_looks_whole(
             run(files, tokenizer, tmp_path / "data", "govreport")
     assert not (tmp_path / "data").exists()
     # What a build that was killed leaves behind is in nobody's way.
-    (tmp_path / "data.partial").mkdir()
-    (tmp_path / "data.partial" / "part-00042.parquet").write_bytes(b"half")
+    (tmp_path / ".data.elasticore-new").mkdir()
+    (tmp_path / ".data.elasticore-new" / "part-00042.parquet").write_bytes(b"half")
     card = run(files, tokenizer, tmp_path / "data", "govreport")
     assert [file["name"] for file in card["files"]] == ["part-00000.parquet"]
-    assert sorted(p.name for p in tmp_path.glob("data*")) == ["data"]
+    assert [p.name for p in tmp_path.iterdir() if "data" in p.name] == ["data"]
+
+
+def test_nothing_beside_the_output_is_touched(files, tokenizer, tmp_path):
+    run(files, tokenizer, tmp_path / "data", "govreport")
+    for name in ("data.old", "data.partial", ".data"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").write_text(name)
+    run(files, tokenizer, tmp_path / "data", "govreport", overwrite=True, seed=1)
+    for name in ("data.old", "data.partial", ".data"):
+        assert (tmp_path / name / "notes.txt").read_text() == name
+
+
+def test_a_second_build_of_a_place_is_refused_at_once(files, tokenizer, tmp_path):
+    with held(tmp_path / "data", beside=True), pytest.raises(OSError, match="is being written by"):
+        run(files, tokenizer, tmp_path / "data", "govreport")
+    run(files, tokenizer, tmp_path / "data", "govreport")
+
+
+def test_an_overwriting_build_that_fails_leaves_the_older_data(files, tokenizer, tmp_path):
+    before = run(files, tokenizer, tmp_path / "data", "govreport")
+    with pytest.raises(ValueError, match="gave no sample"):
+        run(files, tokenizer, tmp_path / "data", "govreport", min_length=1000, overwrite=True)
+    assert show(tmp_path / "data") == before
+
+
+def test_the_folder_one_is_in_can_be_built_again(files, tokenizer, tmp_path, monkeypatch):
+    run(files, tokenizer, tmp_path / "data", "govreport")
+    monkeypatch.chdir(tmp_path / "data")
+    card = run(files, tokenizer, Path("."), "govreport", overwrite=True, seed=1)
+    assert show(tmp_path / "data") == card
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("report", "half \ud83d pair " * 40, "surrogates not allowed"),
+        ("summary", ["a", "b"], "TypeError: expected text, got list"),
+        ("report", {"text": "a"}, "TypeError: expected text, got dict"),
+    ],
+)
+def test_a_record_that_is_no_text_is_named(field, value, says, records, tokenizer, tmp_path):
+    rows = records("govreport", 3)
+    rows[1][field] = value
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    files = {"govreport": str(tmp_path / "a.jsonl")}
+    with pytest.raises(ValueError, match=rf"source govreport, record 1: .*{says}") as error:
+        run(files, tokenizer, tmp_path / "data", "govreport")
+    assert len(str(error.value)) < 300
 
 
 KILLED = """

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elasticore.data import Encoder, Example
-from elasticore.data.encoding import fingerprint, load_tokenizer
+from elasticore.data.encoding import fingerprint
+from elasticore.models.loading import load_tokenizer
 
 EXAMPLE = Example("The sky is blue. What is the sky?", "blue", "single_qa", ((0, 16),))
 

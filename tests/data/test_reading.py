@@ -126,3 +126,29 @@ def test_a_hub_that_does_not_answer_is_an_error_with_a_way_out(monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     with pytest.raises(OSError, match=r"no route.*--source xsum=FOLDER"):
         list(reading.records(XSUM))
+
+
+def test_what_is_no_data_in_a_folder_is_passed_over(tmp_path: Path, records) -> None:
+    rows = records("xsum", 3)
+    for name, row in zip(("A.JSONL", "b.Json", "c.jsonl"), rows, strict=True):
+        (tmp_path / name).write_text(json.dumps(row))
+    for name in (".cache/huggingface/a.json", "._a.jsonl", "deeper/.hidden/a.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('{"etag": "x"}')
+    (tmp_path / "dataset_infos.json").write_text('{"default": {}}')
+    assert list(reading.records(XSUM, str(tmp_path))) == rows
+    assert list(reading.records(XSUM, str(tmp_path / "A.JSONL"))) == rows[:1]
+
+
+def test_a_folder_that_is_hidden_itself_is_read(tmp_path: Path, records) -> None:
+    (tmp_path / ".data").mkdir()
+    (tmp_path / ".data" / "a.jsonl").write_text(json.dumps(records("xsum", 1)[0]))
+    assert list(reading.records(XSUM, str(tmp_path / ".data"))) == records("xsum", 1)
+
+
+def test_a_record_that_lacks_a_field_is_named_with_its_own_file(tmp_path: Path, records) -> None:
+    rows = records("xsum", 3)
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "b.jsonl").write_text("\n".join([json.dumps(rows[0]), '{"document": "x"}']))
+    with pytest.raises(ValueError, match=r"record 1 of .*b.jsonl: no field summary among document"):
+        list(reading.records(XSUM, str(tmp_path)))

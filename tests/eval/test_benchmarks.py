@@ -415,11 +415,11 @@ def test_without_a_folder_the_cache_is_asked(tmp_path, monkeypatch):
 
     monkeypatch.setattr(data, "hf_hub_download", absent)
     with pytest.raises(FileNotFoundError, match="hf download --repo-type dataset THUDM"):
-        data.longbench_v2(None)
+        data.longbench_v2(None, {})
 
-    (tmp_path / "data.json").write_text("[]", encoding="utf-8")
+    (tmp_path / "data.json").write_text("[{}]", encoding="utf-8")
     monkeypatch.setattr(data, "hf_hub_download", lambda *_, **__: str(tmp_path / "data.json"))
-    assert data.longbench_v2(None) == []
+    assert data.longbench_v2(None, {}) == [{}]
 
 
 def test_a_filled_cache_is_enough_without_a_network(tmp_path, monkeypatch):
@@ -434,11 +434,11 @@ def test_a_filled_cache_is_enough_without_a_network(tmp_path, monkeypatch):
     snapshot.mkdir(parents=True)
     rows = [v2_row("<1>", "A", "easy", "short")]
     (snapshot / "data.json").write_text(json.dumps(rows), encoding="utf-8")
-    assert data.longbench_v2(None) == rows
+    assert data.longbench_v2(None, {}) == rows
     with pytest.raises(
         FileNotFoundError, match=r"hf download --repo-type dataset THUDM/LongBench d"
     ):
-        data.longbench_e("qasper", None)
+        data.longbench_e("qasper", None, {})
 
 
 def test_every_benchmark_from_a_folder_to_a_table_with_its_parts(tmp_path):
@@ -495,13 +495,13 @@ def test_every_benchmark_from_a_folder_to_a_table_with_its_parts(tmp_path):
 def test_an_archive_without_the_task_is_named(tmp_path):
     write_longbench(tmp_path, {"qasper": []})
     with pytest.raises(FileNotFoundError, match=r"data\.zip holds no data/trec_e\.jsonl"):
-        data.longbench_e("trec", tmp_path)
+        data.longbench_e("trec", tmp_path, {})
 
 
 def test_a_row_may_hold_any_unicode(tmp_path):
     row = longbench_row("one\u2028line\x85still", ["é"])  # no line breaks of JSON lines
     write_longbench(tmp_path, {"qasper": [row]})
-    assert data.longbench_e("qasper", tmp_path) == [row]
+    assert data.longbench_e("qasper", tmp_path, {}) == [row]
 
 
 def test_percent_of_nothing_is_no_number():

@@ -227,7 +227,7 @@ def test_an_evaluation_and_its_report(tmp_path: Path) -> None:
     before = (out / "ours" / "answers.jsonl").read_bytes()
     evaluate(evaluation, out)
     assert (out / "ours" / "answers.jsonl").read_bytes() == before
-    with pytest.raises(ValueError, match=r"holds another evaluation \(differs in lengths\)"):
+    with pytest.raises(ValueError, match=r"evaluation: lengths \[640\] \(now \[700\]\)"):
         evaluate(dataclasses.replace(evaluation, lengths=(700,)), out)
     with pytest.raises(ValueError, match="holds answers of another method 'ours'"):
         evaluate(dataclasses.replace(evaluation, methods=("ours=full",)), out)

@@ -129,3 +129,20 @@ def test_a_real_evaluation_gives_points_and_decisions(tmp_path: Path) -> None:
     assert shares["basic-300-needle"].shape == (8, 4)
     with pytest.raises(ValueError, match="decides nothing"):
         read_decisions(run / "full")
+
+
+@pytest.mark.parametrize("text", ["", '{"scores"', "[]", "{}"])
+def test_numbers_that_are_damaged_are_named(run: Path, text: str) -> None:
+    (run / "ours" / "metrics.json").write_text(text)
+    with pytest.raises(ValueError, match=r"ours/metrics.json is damaged: .*start the same"):
+        read_report([run])
+
+
+def test_answers_may_hold_any_mark_of_a_lines_end(run: Path) -> None:
+    row = {"task": "vt", "decisions": ["01", "11"], "answer": "one\u2028two\x85three\x0cfour"}
+    text = json.dumps(row, ensure_ascii=False) + "\n"
+    (run / "ours" / "samples.jsonl").write_text(text * 2, encoding="utf-8")
+    assert read_decisions(run / "ours") == [("vt", ["01", "11"])] * 2
+    (run / "ours" / "samples.jsonl").write_text(text[:30], encoding="utf-8")
+    with pytest.raises(ValueError, match=r"ours/samples.jsonl is damaged"):
+        read_decisions(run / "ours")

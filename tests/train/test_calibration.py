@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from elasticore.models.loading import load_backbone
 from elasticore.router import AttentionRouter, pool_boundary
 from elasticore.train import OfflineTasks, Recipe, TrainingSample
 from elasticore.train.calibration import pooled_keys
-from elasticore.train.recipe import train
+from elasticore.train.run import train
 
 LENGTH = 384
 
@@ -66,9 +67,12 @@ def test_a_part_of_the_heads_reads_its_own() -> None:
 def test_pooled_keys_are_those_of_prompts_with_full_attention() -> None:
     model, _ = load_backbone("tiny")
     ids = torch.randint(5, 4000, (LENGTH,), generator=torch.Generator().manual_seed(0))
-    labels = torch.where(torch.arange(LENGTH) < 300, -100, ids)
-    samples = [TrainingSample(ids, labels, "a"), (TrainingSample(ids.flip(0), labels, "a"),)]
-    found = pooled_keys(model, samples, 2, 20)  # type: ignore[arg-type]
+    samples: list[Any] = [
+        TrainingSample(one, torch.where(torch.arange(LENGTH) < 300, -100, one), "a")
+        for one in (ids, ids.flip(0))
+    ]
+    samples[1] = (samples[1],)
+    found = pooled_keys(model, samples, 2, 20)
     assert not ec.is_elastic(model)
     seen: list[Tensor] = []
 
@@ -81,7 +85,7 @@ def test_pooled_keys_are_those_of_prompts_with_full_attention() -> None:
     handle.remove()
     torch.testing.assert_close(found[0][:1], seen[0], rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="wants 3 samples, but there are 2"):
-        pooled_keys(model, samples, 3, 20)  # type: ignore[arg-type]
+        pooled_keys(model, samples, 3, 20)
 
 
 def test_a_recipe_calibrates_and_its_file_holds_that(tmp_path: Path) -> None:

@@ -218,3 +218,10 @@ def test_runs_with_other_targets_are_not_averaged(tmp_path: Path) -> None:
         picture_of([first, other], tmp_path)
     with pytest.raises(ValueError, match="at least one run"):
         picture_of([], tmp_path)
+
+
+def test_a_recipe_beside_the_log_that_is_damaged_is_named(tmp_path: Path) -> None:
+    run = run_in(tmp_path / "run")
+    (run / "recipe.json").write_text("{")
+    with pytest.raises(ValueError, match=r"run/recipe.json is damaged: Expecting"):
+        read_curves(run)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from elasticore.router import Routing
-from elasticore.train import Recipe, TrainingSample, monitor, train
+from elasticore.train import Recipe, RouterTrainer, TrainingSample, monitor, train
 from elasticore.train.curves import read_curves
 from elasticore.train.monitor import HistoryFile, Meter, decision_entropy, reporters
 
@@ -213,3 +213,49 @@ def test_a_reporter_that_is_not_there_ends_before_anything_is_written(
     with pytest.raises(ValueError, match="report_to must name"):
         train(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def shown(run: Path) -> list[int]:
+    """The steps that TensorBoard shows of a run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (folder,) = {file.parent for file in run.rglob("events.out.tfevents*")}
+    found = EventAccumulator(str(folder)).Reload()
+    return [event.step for event in found.Scalars("train/lm_loss")]
+
+
+def test_tensorboard_shows_every_step_of_a_run_that_was_killed_once(
+    backbone: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("tensorboard")
+    changes = {"max_steps": 4, "save_steps": 2, "report_to": "tensorboard"}
+    recipe = Recipe.load(write(tmp_path, settings(backbone, **changes)))
+    before = RouterTrainer.before_step
+
+    def cut(self: RouterTrainer, step: int, max_steps: int) -> None:
+        if step == 3:
+            raise Cut
+        before(self, step, max_steps)
+
+    monkeypatch.setattr(RouterTrainer, "before_step", cut)
+    with pytest.raises(Cut):
+        train(recipe, tmp_path / "run")
+    assert shown(tmp_path / "run") == [1, 2, 3]
+    monkeypatch.setattr(RouterTrainer, "before_step", before)
+    train(recipe, tmp_path / "run", resume="auto")
+    assert shown(tmp_path / "run") == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("steps", "logged"), [(4, [4]), (10, [10]), (12, [10, 12])])
+def test_a_run_of_any_length_leaves_its_last_step(
+    backbone: Path,  # noqa: F811
+    tmp_path: Path,
+    steps: int,
+    logged: list[int],
+) -> None:
+    changes = {"max_steps": steps, "logging_steps": 10, "report_to": []}
+    train(Recipe.load(write(tmp_path, settings(backbone, **changes))), tmp_path / "run")
+    (curves,) = read_curves(tmp_path / "run")
+    assert [entry["step"] for entry in curves.entries] == logged

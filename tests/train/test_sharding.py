@@ -20,7 +20,7 @@ import elasticore as ec
 from elasticore.models.loading import load_backbone
 from elasticore.router import FixedPolicy
 from elasticore.train import Collator, LagrangianObjective, Recipe, RouterTrainer, checkpoint_layers
-from elasticore.train.recipe import train
+from elasticore.train.run import train
 from elasticore.train.sharding import check_sharding, shard_backbone
 
 from .test_processes import NoNoise, Samples

@@ -73,8 +73,15 @@ def read_decisions(folder: str | Path) -> list[tuple[str, Sequence[str]]]:
             f"{folder} holds no {SAMPLES}; name RUN/METHOD, with the folder of a finished "
             "`elasticore eval` and a method in it."
         )
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    if not rows or not all(row["decisions"] for row in rows):
+    try:
+        with file.open(encoding="utf-8") as lines:  # answers may hold other marks of a line's end
+            rows = [json.loads(line) for line in lines]
+        decided = bool(rows) and all(row["decisions"] for row in rows)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{file} is damaged: {error!r}; start the same `elasticore eval` again."
+        ) from error
+    if not decided:
         raise ValueError(f"{folder} is of a method that decides nothing; name one with routers.")
     return [(row["task"], row["decisions"]) for row in rows]
 

@@ -63,6 +63,16 @@ LONGBENCH_E = {
 BUCKETS = ("0-4k", "4-8k", "8k+")
 
 
+FIELDS: data.Fields = {
+    "context": str,
+    "input": str | None,  # empty where the prompt itself asks
+    "answers": list[str],
+    "length": int,
+    "all_classes": list[str] | None,
+}
+"""Of a sample."""
+
+
 def bucket(length: int) -> str:
     """The bucket of a sample, by the words that its data set counts: below 4000, 8000, or more."""
     return BUCKETS[(length >= 4000) + (length >= 8000)]
@@ -135,13 +145,14 @@ def load_longbench_e(
     Raises
     ------
     ValueError
-        If a task is unknown.
+        If a task is unknown, or a file is damaged.
     FileNotFoundError
         If data are missing.
     """
     check_names(tasks, LONGBENCH_E)
     built = {
-        task: LongBenchE(task, data.longbench_e(task, folder), tokenizer, limit) for task in tasks
+        task: LongBenchE(task, data.longbench_e(task, folder, FIELDS), tokenizer, limit)
+        for task in tasks
     }
     groups = []
     for category in CATEGORIES:

@@ -6,6 +6,7 @@ Bai et al., "LongBench v2", ACL 2025; https://github.com/THUDM/LongBench.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from elasticore.eval import metrics
 from elasticore.eval.benchmarks import data
@@ -34,6 +35,14 @@ _FIELDS = {
     "$C_C$": "choice_C",
     "$C_D$": "choice_D",
 }
+FIELDS: data.Fields = {
+    **dict.fromkeys(_FIELDS.values(), str),
+    "answer": Literal["A", "B", "C", "D"],
+    "difficulty": Literal[DIFFICULTIES],
+    "length": Literal[LENGTHS],
+    "domain": Literal[DOMAINS],
+}
+"""Of a sample."""
 
 
 class LongBenchV2(BenchmarkTask):
@@ -88,7 +97,7 @@ def load_longbench_v2(
 
     Raises
     ------
-    FileNotFoundError
-        If data are missing.
+    FileNotFoundError, ValueError
+        If data are missing or damaged.
     """
-    return LongBenchV2(data.longbench_v2(folder), tokenizer, limit)
+    return LongBenchV2(data.longbench_v2(folder, FIELDS), tokenizer, limit)

@@ -37,6 +37,10 @@ RULER = {
 }
 
 
+FIELDS: data.Fields = {"input": str, "outputs": list[str], "answer_prefix": str | None}
+"""Of a sample; those of older scripts have no prefix apart."""
+
+
 class Ruler(BenchmarkTask):
     """One task at one length. Samples are made to fit, so nothing is cut.
 
@@ -60,9 +64,8 @@ class Ruler(BenchmarkTask):
         return prompt
 
     def answer_prefix(self, doc: data.Row) -> str:
-        """The words that keep a model from refusing; samples of older scripts have none apart."""
-        prefix: str = doc.get("answer_prefix", "")
-        return prefix
+        """The words that keep a model from refusing."""
+        return doc.get("answer_prefix") or ""
 
     def doc_to_target(self, doc: data.Row) -> list[str]:
         """What the answer should contain."""
@@ -96,7 +99,7 @@ def load_ruler(
     Raises
     ------
     ValueError
-        If a task is unknown.
+        If a task is unknown, or a file is damaged.
     FileNotFoundError
         If data are missing.
     """
@@ -105,7 +108,7 @@ def load_ruler(
     return [
         Average.of(
             f"ruler-{length}",
-            [Ruler(task, length, data.ruler(task, length, name, folder)) for task in tasks],
+            [Ruler(task, length, data.ruler(task, length, name, folder, FIELDS)) for task in tasks],
         )
         for length in lengths
     ]
