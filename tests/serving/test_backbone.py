@@ -116,6 +116,11 @@ def test_families_that_are_not_known_are_refused() -> None:
         Backbone(config)
 
 
+def test_models_inside_a_window_are_refused() -> None:
+    with pytest.raises(UnsupportedModel, match="all of its 3 layers inside a sliding window"):
+        Backbone(tiny("mistral", sliding_window=64).config)
+
+
 def test_modules_of_ones_own_are_policies_too() -> None:
     backbone = Backbone(tiny().config)
     way = Elastic(Modules([Listening() for _ in backbone.elastic]))

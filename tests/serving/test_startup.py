@@ -37,6 +37,8 @@ def start(way: Any = "tiny", model: Any = BACKBONE, **settings: Any) -> None:
             "KV transfer is not supported",
         ),
         ({"runner": "pooling"}, "only models that generate"),
+        ({"enable_lora": True}, "merge one into the model, and leave out --enable-lora"),
+        ({"enable_prompt_embeds": True}, "leave out --enable-prompt-embeds"),
         ({"elasticore": {"policy": "whole"}}, "unknown policy; there are: router"),
         ({"elasticore": {"prefill": "half"}}, "prefill must be routed or full"),
     ],

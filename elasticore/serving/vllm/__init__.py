@@ -9,11 +9,14 @@ vLLM is imported by the modules of this package only.
 
 from __future__ import annotations
 
-__all__ = ["register"]
+__all__ = ["SECTION", "register"]
+
+SECTION = "elasticore"
+"""The section of vLLM's ``--additional-config`` that is ours."""
 
 
 def register() -> None:
     """Let vLLM ask for settings of ours; called by vLLM, any number of times."""
-    from elasticore.serving.vllm.startup import install
+    from elasticore.serving.vllm.hooks import install
 
     install()

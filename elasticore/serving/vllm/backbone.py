@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from elasticore.errors import UnsupportedModel
 from elasticore.models.families import attention_layers, family_of, is_local
 from elasticore.router.policies import LayerShape
 
@@ -42,7 +43,7 @@ class Backbone:
     Raises
     ------
     UnsupportedModel
-        If the family is none that is known.
+        If the family is none that is known, or every layer has a sliding window.
     ValueError
         If its keys cannot be rotated back.
     """
@@ -55,6 +56,11 @@ class Backbone:
         layers = {int(x.layer_idx): x for x in attention_layers(self.skeleton)}  # type: ignore[arg-type]
         self._layers = {i: layer for i, layer in layers.items() if not is_local(layer)}
         self.elastic = tuple(self._layers)
+        if not self.elastic:
+            raise UnsupportedModel(
+                f"the model keeps all of its {len(layers)} layers inside a sliding window, so "
+                "there is none to make elastic."
+            )
         self.shapes = [
             LayerShape(config.num_key_value_heads, int(layer.head_dim), torch.device("cpu"))  # type: ignore[arg-type]
             for layer in self._layers.values()

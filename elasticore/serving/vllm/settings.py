@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from elasticore.models.elastic import Elastic
+from elasticore.serving.vllm import SECTION
 
-__all__ = ["SECTION", "Settings"]
-
-SECTION = "elasticore"
+__all__ = ["Settings", "reads_prompts"]
 
 
 @dataclass(frozen=True)

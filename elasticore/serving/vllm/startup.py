@@ -12,16 +12,14 @@ from typing import Any
 
 import vllm
 from vllm.logger import init_logger
-from vllm.model_executor.models import ModelRegistry
-from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
 from elasticore.models.elastic import Elastic
 from elasticore.models.fingerprint import check_base_model
 from elasticore.serving.vllm.backbone import Backbone
-from elasticore.serving.vllm.settings import SECTION, Settings, reads_prompts
+from elasticore.serving.vllm.settings import Settings, reads_prompts
 
-__all__ = ["VERSIONS", "configure", "install", "started"]
+__all__ = ["VERSIONS", "configure", "started"]
 
 logger = init_logger("vllm.elasticore")
 
@@ -36,31 +34,6 @@ class Started:
     settings: Settings
     way: Elastic
     backbone: Backbone
-
-
-def install() -> None:
-    """Let every architecture's configuration pass by :func:`configure`, and offer the backend."""
-    for name in {*ModelRegistry.get_supported_archs(), *MODELS_CONFIG_MAP}:
-        hook = MODELS_CONFIG_MAP.get(name, VerifyAndUpdateConfig)
-        if not hasattr(hook, SECTION):
-            MODELS_CONFIG_MAP[name] = _followed(hook)
-    if current_platform.is_cpu():
-        from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-
-        register_backend(AttentionBackendEnum.CPU_ATTN, "elasticore.serving.vllm.cpu.Backend")
-
-
-def _followed(hook: type[VerifyAndUpdateConfig]) -> type[VerifyAndUpdateConfig]:
-    """A hook, followed by :func:`configure`."""
-
-    class Hook(hook):
-        @staticmethod
-        def verify_and_update_config(vllm_config: Any) -> None:
-            hook.verify_and_update_config(vllm_config)
-            configure(vllm_config)
-
-    setattr(Hook, SECTION, True)
-    return Hook
 
 
 def configure(vllm_config: Any) -> None:
@@ -175,6 +148,10 @@ def _refusals(vllm_config: Any) -> Iterator[str]:
         yield "only models that generate are supported; leave out --runner"
     if vllm_config.speculative_config is not None:
         yield "speculative decoding is not supported; leave out --speculative-config"
+    if vllm_config.lora_config is not None:
+        yield "adapters are not supported; merge one into the model, and leave out --enable-lora"
+    if vllm_config.model_config.enable_prompt_embeds:
+        yield "prompts of embeddings are not supported; leave out --enable-prompt-embeds"
     if vllm_config.kv_transfer_config is not None:
         yield "KV transfer is not supported; leave out --kv-transfer-config"
     for name in (
