@@ -1,7 +1,7 @@
 """Seconds to the first token and tokens a second in vLLM's CPU engine, beside vLLM as it is.
 
-Engines take turns, so that what the machine does else falls on all alike, and the best round of each
-counts. In vLLM's environment:
+Engines take turns, so that what the machine does else falls on all alike, and the best round of
+each counts. In vLLM's environment:
 
     .venv-vllm/bin/python -m benchmarks.serving --output benchmarks/results/serving-cpu.json
 """

@@ -151,7 +151,7 @@ class OfflineTasks(Dataset[TrainingSample]):
 
     @property
     def digest(self) -> str:
-        """What tells the samples from others: the settings, and the first of them."""
+        """A hash that tells the samples from others, by the settings and the first of them."""
         about = (self.module, self.chat, self.length, self.samples, self.seed, self.split)
         return digest_of([self[0]], *about, self.tasks, self._edges.tolist())
 
@@ -232,7 +232,7 @@ class PackedSamples(Dataset[tuple[TrainingSample, ...]]):
 
     @property
     def digest(self) -> str:
-        """What tells the samples from others: the files' sizes, and the first and last row."""
+        """A hash that tells samples apart, by the files' sizes, the first and the last row."""
         files = [(file.name, file.stat().st_size) for file in self.data.files]
         rows = (one for index in {0, len(self) - 1} for one in self[index])
         return digest_of(rows, self.data.loss, len(self), files)

@@ -73,7 +73,7 @@ class JsonLines(Dataset[TrainingSample]):
 
     @property
     def digest(self) -> str:
-        """What tells the samples from others: all of them."""
+        """A hash of all samples, which tells them from others."""
         return digest_of(self.rows)
 
     def __len__(self) -> int:

@@ -16,7 +16,7 @@ __all__ = ["Fields", "Row", "find", "longbench_e", "longbench_v2", "ruler"]
 
 Row = dict[str, Any]  # a sample as the benchmark publishes it
 Fields = Mapping[str, Any]
-"""What rows hold: names, each with its type. What may be None may be missing; else it holds
+"""The names of what rows hold, each with its type. What may be None may be missing; else it holds
 something."""
 
 

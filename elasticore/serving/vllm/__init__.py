@@ -9,10 +9,7 @@ vLLM is imported by the modules of this package only.
 
 from __future__ import annotations
 
-__all__ = ["SECTION", "register"]
-
-SECTION = "elasticore"
-"""The section of vLLM's ``--additional-config`` that is ours."""
+__all__ = ["register"]
 
 
 def register() -> None:

@@ -11,7 +11,7 @@ from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
-from elasticore.serving.vllm import SECTION
+from elasticore.serving.vllm.section import SECTION
 
 __all__ = ["install"]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from elasticore.models.elastic import Elastic
-from elasticore.serving.vllm import SECTION
+from elasticore.serving.vllm.section import SECTION
 
 __all__ = ["Settings", "reads_prompts"]
 
