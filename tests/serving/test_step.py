@@ -43,11 +43,26 @@ def test_every_token_is_prompt_or_answer_at_its_position(rows: list[tuple[int, i
             expected[token] = ("prompt" if position < prompt else "answer", row, position)
             token += 1
     assert told == expected
-    ends = [past < prompt <= past + count for prompt, past, count in rows]
-    assert list(step.ended) == [row for row, end in enumerate(ends) if end]
+    whole = [row for row, (prompt, past, count) in enumerate(rows) if prompt <= past + count]
+    assert list(step.ended) == whole  # nothing was decided before
     assert step.page.tolist() == [
         int(table[row, (prompt - 1) // PAGE]) for row, (prompt, _, _) in enumerate(rows)
     ]
+
+
+@given(rows())
+def test_requests_are_decided_for_once_while_they_run(rows: list[tuple[int, int, int]]) -> None:
+    step, table = step_of(rows)
+    starts = list(range(len(rows) + 1))  # each goes on by a token
+    seen = [past + count + 1 for _, past, count in rows]
+    prompts = [prompt for prompt, _, _ in rows]
+    after = Step.of(starts, seen, prompts, table, PAGE, step.decided)
+    ends = [row for row, (prompt, past, count) in enumerate(rows) if prompt == past + count + 1]
+    assert list(after.ended) == ends
+    # The same page with a prompt of another length is another prompt; so is one in another page.
+    other = frozenset((page, prompt + 1) for page, prompt in step.decided)
+    again = Step.of(starts, seen, prompts, table, PAGE, other)
+    assert set(again.ended) == {row for row, s in enumerate(seen) if s >= prompts[row]}
 
 
 @given(

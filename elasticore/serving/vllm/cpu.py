@@ -152,6 +152,7 @@ class Builder(CPUAttentionMetadataBuilder):
         self.layers = layers & set(found.backbone.elastic if found else ())
         if found is None or not self.layers:
             return
+        self._decided: frozenset[tuple[int, int]] = frozenset()
         self.way, self.report = found.way, Report(found.settings.log_requests)
         self.decisions = Decisions(found.way, found.backbone, self.layers)
         # The same builder for caches of one head.
@@ -182,7 +183,9 @@ class Builder(CPUAttentionMetadataBuilder):
             common.rswa_prefix_lens[: common.num_reqs].tolist(),
             common.block_table_tensor,
             self.block_size,
+            self._decided,
         )
+        self._decided = step.decided
         return Metadata(**vars(made), step=step, builder=self, common=common)
 
     def other_rows(

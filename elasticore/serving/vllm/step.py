@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +45,8 @@ class Step:
     prompts
         What each request has of prompt tokens in this step.
     ended
-        Rows whose prompt is complete with this step.
+        Rows to decide for: their prompt is complete with this step, or was before, in pages that
+        another request has filled, as when a request that was preempted finds its own text there.
     lengths
         Tokens of every row's prompt.
     answers
@@ -56,6 +57,8 @@ class Step:
         int64 ``[rows]``: the page that holds the last token of a row's prompt. No two requests
         share it: one is shared when it is full, and then the last token of a prompt is computed
         again, in a page of its own. So it names the request for as long as that one runs.
+    decided
+        The (page, tokens of the prompt) that are decided for after this step.
     """
 
     prompts: tuple[Prompt, ...]
@@ -65,6 +68,7 @@ class Step:
     row: Tensor
     seen: Tensor
     page: Tensor
+    decided: frozenset[tuple[int, int]]
 
     @classmethod
     def of(
@@ -74,6 +78,7 @@ class Step:
         prompts: Sequence[int],
         table: Tensor,
         page_size: int,
+        decided: Collection[tuple[int, int]] = (),
     ) -> Step:
         """The step in which row ``i`` computes the tokens ``starts[i]`` to ``starts[i + 1]``.
 
@@ -89,7 +94,13 @@ class Step:
             int ``[rows, n]``: the pages of each row.
         page_size
             Tokens of a page.
+        decided
+            As the step before has it.
         """
+        last = (torch.tensor(prompts, dtype=torch.int64) - 1).clamp(min=0) // page_size
+        page = table.long().gather(1, last[:, None])[:, 0]
+        names = list(zip(page.tolist(), prompts, strict=True))
+        known: list[tuple[int, int]] = []
         parts: list[Prompt] = []
         ended: list[int] = []
         answers: list[int] = []
@@ -102,12 +113,15 @@ class Step:
             count = min(max(prompt - past, 0), stop - start)
             if count:
                 parts.append(Prompt(row, start, count, past))
-                if past + count == prompt:
+            if past + count >= prompt:
+                known.append(names[row])
+                if count or names[row] not in decided:
                     ended.append(row)
             answers += range(start + count, stop)
             rows += [row] * (stop - start - count)
             positions += range(past + count + 1, total + 1)
-        last = (torch.tensor(prompts, dtype=torch.int64) - 1).clamp(min=0) // page_size
-        page = table.long().gather(1, last[:, None])[:, 0]
         token, row_of, sees = torch.tensor([answers, rows, positions], dtype=torch.int64)
-        return cls(tuple(parts), tuple(ended), tuple(prompts), token, row_of, sees, page)
+        return cls(
+            *(tuple(parts), tuple(ended), tuple(prompts), token, row_of, sees, page),
+            frozenset(known),
+        )
