@@ -29,6 +29,7 @@ __all__ = ["Method", "published"]
 FULL, ROUTER, PATTERN, NSA = "full", "router", "pattern", "nsa"
 PATH = "path"
 PER_QUERY = "-per-query"
+_ROUTER = ("prefill", "decode")
 _PATTERN = ("sparsity", "sink", "local")
 
 
@@ -48,6 +49,7 @@ class Method:
         ``nsa``: its three branches.
     settings
         ``path`` of a router (``tiny`` is the one in the package), of a pattern or of NSA's parts;
+        of a router its ``prefill`` and ``decode``, as in :class:`~elasticore.Elastic`;
         ``sparsity`` of a pattern, and its ``sink`` and ``local``; or those of the named pattern,
         with ``block_size`` and ``from_layer``, the first layer that is sparse.
     """
@@ -107,8 +109,9 @@ class Method:
             return None
         if self.kind == ROUTER:
             path = self._path(settings, "DIRECTORY of trained routers")
+            own = {key: settings.pop(key) for key in _ROUTER if key in settings}
             self._none_left(settings)
-            return Elastic.load(path)
+            return replace(Elastic.load(path), **own)
         if self.kind == PATTERN:
             path = self._path(settings, "FILE.tsv or DIRECTORY of DuoAttention or PruLong")
             own = {key: settings.pop(key) for key in _PATTERN if key in settings}

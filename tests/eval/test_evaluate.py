@@ -304,6 +304,16 @@ def test_a_selectors_own_settings_are_its_own(loaded: tuple[Any, Any]) -> None:
         assert sparse == [0] * 6 + [4] * 2
 
 
+def test_routers_can_be_asked_to_read_prompts_in_full(loaded: tuple[Any, Any]) -> None:
+    model, _ = loaded
+    with Method.parse("router:path=tiny,prefill=full,decode=full").on(model):
+        assert (way_of(model).prefill, way_of(model).decode) == ("full", "full")
+    with pytest.raises(ValueError, match="prefill must be one of routed, full, got 'whole'"):
+        Method.parse("router:path=tiny,prefill=whole").way(model)
+    with pytest.raises(ValueError, match="turn"):
+        Method.parse("router:path=tiny,turn=keep").way(model)
+
+
 def test_suites_and_single_tasks_of_them_can_be_mixed(loaded: tuple[Any, Any]) -> None:
     _, tokenizer = loaded
 
