@@ -156,7 +156,13 @@ def test_without_settings_it_is_vllm_itself(backbone: Any, asked: Any) -> None:
         assert not served.decided
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+OTHERS = ("mistral", "qwen2", "qwen3", "olmo2")  # as llama, phi3 or the tiny model
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=pytest.mark.slow if f in OTHERS else ()) for f in FAMILIES],
+)
 def test_every_family(family: str, tmp_path: Path) -> None:
     settings: dict[str, Any] = {
         "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
