@@ -84,6 +84,10 @@ def _run(
 
     layout = planned.layout
     out = layout.attend(recorded, q, k, v)
+    if planned.answers is not None:
+        routed = state.way.plan(plan.decisions, short=True)
+        own = layout.attend(partial(call, routed), q, k, v)
+        out = torch.where(planned.answers[:, None, :, None], own, out)
     if layout.ends is None or torch.is_grad_enabled():  # while training nobody goes on writing
         return out
     last = state.way.plan(plan.decisions, short=state.way.prefill == "routed")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
@@ -103,8 +104,10 @@ def _without_cache(
         ends = _ends(boundary, hidden, layout, prompt, project, spare=False)
     routing = _decide(attention, router, ends, layout, hidden)
     again = not one.decided(state.index, routing)
-    plan = state.way.plan_of(routing)
-    return Planned(plan, layout, hidden.shape[1], None, routing.decisions, True, routing.mix, again)
+    plan, queries = state.way.plan_of(routing), hidden.shape[1]
+    answers = _answers(state, one, layout, prompt, hidden)
+    decisions, mix = routing.decisions, routing.mix
+    return Planned(plan, layout, queries, None, decisions, True, mix, again, answers)
 
 
 def _with_prompt(
@@ -127,11 +130,12 @@ def _with_prompt(
             "not enough was kept to route from: attend with turn='keep', generate without "
             "compilation, or prefill the whole text again."
         )
+    prompt = one.prompt_lengths(layout)
+    if past and memory.decisions is None:  # a cut took the decision: all there is decides
+        prompt = layout.length
+    answers = _answers(state, one, layout, prompt, hidden)
     if boundary != 0 and not memory.lost:
         memory.settle(project)
-        prompt = one.prompt_lengths(layout)
-        if past and memory.decisions is None:  # a cut took the decision: all there is decides
-            prompt = layout.length
         ends = _ends(boundary, hidden, layout, prompt, project)
         ends = ends if memory.ends is None else memory.ends + ends
     decided: Routing | None = None
@@ -149,14 +153,29 @@ def _with_prompt(
 
             ends = ends + Ends.of(boundary, hidden, beyond, layout.row, rest, project)
         memory.ends = ends.rows(Tensor.detach)
-    if decided is None:
-        return _as_before(state, memory, layout, past + queries, queries)
-    if past:
+    if decided is None or past:
         planned = _as_before(state, memory, layout, past + queries, queries)
-        planned.decided, planned.mix = True, decided.mix
+        planned.answers = answers
+        if decided is not None:
+            planned.decided, planned.mix = True, decided.mix
         return planned
-    plan = state.way.plan_of(decided)
-    return Planned(plan, layout, queries, None, decided.decisions, True, decided.mix)
+    plan, decisions, mix = state.way.plan_of(decided), decided.decisions, decided.mix
+    return Planned(plan, layout, queries, None, decisions, True, mix, answers=answers)
+
+
+def _answers(
+    state: LayerState, one: Pass, layout: PassLayout, prompt: Tensor, hidden: Tensor
+) -> Tensor | None:
+    """Which tokens of a pass are no prompt, bool ``[B, T]``; None where they are read alike."""
+    batch, queries = hidden.shape[:2]
+    if state.way.prefill == "routed" or not one.leaves_out(queries):
+        return None
+    place = torch.arange(queries, device=hidden.device).expand(layout.row.numel(), -1)
+    column = layout.columns(place).clamp(max=queries - 1)
+    beyond = (place >= prompt[:, None]) & (place < layout.length[:, None])
+    found = torch.zeros(batch, queries, dtype=torch.int64, device=hidden.device)
+    rows = layout.row[:, None].expand_as(column)
+    return found.index_put_((rows, column), beyond.long(), accumulate=True) > 0
 
 
 def _as_before(

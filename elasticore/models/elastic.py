@@ -52,8 +52,8 @@ class Elastic:
     prefill
         While a prompt is read: ``"routed"`` lets every head read its pattern, as it was trained;
         ``"full"`` lets all heads read everything, and the routing counts from the first token that
-        is generated. Keys and values then depend on no routing, which serving needs that shares
-        them between prompts.
+        is generated. Keys and values of a prompt then depend on no routing, which serving needs
+        that shares them. Routers do not train so.
     decode
         Once a prompt is prefilled: ``"routed"`` keeps every head's pattern (heads with a selector
         read everything in passes shorter than a block, which no selector can score); ``"full"``
@@ -142,10 +142,18 @@ class Elastic:
     def plan_of(self, routing: Routing) -> HeadPlan:
         """The plan of what a policy decided, with the gradient of its gate if it has one.
 
-        Where there is a gradient, heads read their patterns whatever ``prefill`` says.
+        Raises
+        ------
+        ValueError
+            If there is a gradient, and prompts are read in full, where no gate is passed.
         """
         if routing.gate is None or not routing.gate.requires_grad:
             return self.plan(routing.decisions)
+        if self.prefill == "full":
+            raise ValueError(
+                "prefill must be 'routed' while routers train: where prompts are read in full, "
+                "they learn nothing from them."
+            )
         return HeadPlan.from_gate(
             routing.gate, self.retrieval, self.sparse, block_size=self.block_size
         )

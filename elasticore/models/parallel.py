@@ -97,9 +97,12 @@ class SequenceParallel:
         ------
         ValueError
             If the model is not elastic, has layers that it keeps inside a window of its own, runs
-            other policies than routers, or its KV heads cannot be shared out evenly.
+            other policies than routers, reads prompts in full, or its KV heads cannot be shared out
+            evenly.
         """
         state = state_of(model)
+        if state.way.prefill != "routed":
+            raise ValueError("model must attend with prefill='routed' to run sequence parallel.")
         for router in (getattr(layer, ROUTER) for layer in state.layers):
             if not isinstance(router, AttentionRouter) or router.by != "head":
                 by = " by layer" if isinstance(router, AttentionRouter) else ""

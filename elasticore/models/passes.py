@@ -148,6 +148,9 @@ class Planned:
         The soft gate of :class:`~elasticore.router.Routing`, or None.
     recomputing
         Whether the layer runs again, for gradient checkpointing.
+    answers
+        Which queries are no prompt, bool ``[B, T]``, where a prompt is read in full and they are
+        read as routed; else None.
     """
 
     plan: HeadPlan
@@ -158,6 +161,7 @@ class Planned:
     decided: bool = False
     mix: Tensor | None = None
     recomputing: bool = False
+    answers: Tensor | None = None
 
     def room(self) -> int:
         """Positions on the key axis, filled or not."""

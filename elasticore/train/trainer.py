@@ -131,6 +131,8 @@ class RouterTrainer(ResumableTrainer):
             raise TypeError(f"identity must be a mapping or None, got {identity!r}.")
         for name, samples in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             check_samples(name, samples, (collator or objective).tasks)
+        if state_of(model).way.prefill != "routed":
+            raise ValueError("model must attend with prefill='routed' to train its routers.")
         check_processes(args)
         objective.check()
         model.requires_grad_(False)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import urllib.request
 from typing import Any
 
@@ -22,6 +21,7 @@ from elasticore.data.prompting import prompt_tokens
 from elasticore.eval.evaluate import Evaluation
 from elasticore.eval.suites import load_suites
 from elasticore.models.loading import load_tokenizer
+from recipes.serving.server import metric
 
 EXAMPLE = (
     "example: python -m recipes.serving.evaluate --url http://127.0.0.1:8000 --name model "
@@ -43,12 +43,9 @@ def decided(url: str) -> tuple[float, float]:
     """How many prompts the server has decided for, and the sum of their shares of sparse heads."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=60) as answer:
         text = answer.read().decode()
-
-    def total(name: str) -> float:
-        found = re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)
-        return sum(map(float, found))
-
-    return total("elasticore_sparse_share_count"), total("elasticore_sparse_share_sum")
+    names = ("elasticore_sparse_share_count", "elasticore_sparse_share_sum")
+    count, total = (metric(text, name) for name in names)
+    return count, total
 
 
 def run(

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Server", "serve"]
+__all__ = ["Server", "metric", "serve"]
 
 
 class Server:
@@ -52,14 +52,19 @@ class Server:
 
     def metric(self, name: str) -> float:
         """The sum of a metric over its labels; 0 if it is not there."""
-        pattern = rf"^{re.escape(name)}(?:{{[^}}]*}})? (\S+)$"
-        return sum(map(float, re.findall(pattern, self.get("/metrics"), re.MULTILINE)))
+        return metric(self.get("/metrics"), name)
 
     def shares(self) -> dict[int, float]:
         """Ω_MSR by the number of a prompt's tokens, from the log."""
         lines = self.log.read_text(encoding="utf-8", errors="replace")
         found = re.findall(r"a prompt of (\d+) tokens, (\S+) % of its heads sparse", lines)
         return {int(tokens): float(share) / 100 for tokens, share in found}
+
+
+def metric(text: str, name: str) -> float:
+    """The sum of a metric over its labels in what ``/metrics`` says; 0 if it is not there."""
+    pattern = rf"^{re.escape(name)}(?:{{[^}}]*}})? (\S+)$"
+    return sum(map(float, re.findall(pattern, text, re.MULTILINE)))
 
 
 @contextmanager

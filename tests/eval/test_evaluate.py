@@ -306,8 +306,10 @@ def test_a_selectors_own_settings_are_its_own(loaded: tuple[Any, Any]) -> None:
 
 def test_routers_can_be_asked_to_read_prompts_in_full(loaded: tuple[Any, Any]) -> None:
     model, _ = loaded
-    with Method.parse("router:path=tiny,prefill=full,decode=full").on(model):
-        assert (way_of(model).prefill, way_of(model).decode) == ("full", "full")
+    for settings in (("full", "routed"), ("routed", "full")):
+        text = "router:path=tiny,prefill={},decode={}".format(*settings)
+        with Method.parse(text).on(model):
+            assert (way_of(model).prefill, way_of(model).decode) == settings
     with pytest.raises(ValueError, match="prefill must be one of routed, full, got 'whole'"):
         Method.parse("router:path=tiny,prefill=whole").way(model)
     with pytest.raises(ValueError, match="turn"):

@@ -29,11 +29,11 @@ QUESTION = {
 LONG = {"input": "", "context": "a", "answers": ["b"], "length": 5, "all_classes": None}
 
 
-def ruler(folder: Path, text: str | bytes) -> None:
+def ruler(folder: Path, text: str | bytes) -> list[Any]:
     file = folder / "ruler" / "tiny" / "1024" / "vt" / "validation.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    load_ruler(TOKENIZER, [1024], folder, ["vt"])
+    return load_ruler(TOKENIZER, [1024], folder, ["vt"])
 
 
 def without(name: str) -> dict[str, Any]:
@@ -75,7 +75,9 @@ def test_a_file_of_ruler_is_refused_by_its_name(text: Any, says: str, tmp_path: 
 
 def test_a_prefix_may_be_missing(tmp_path: Path) -> None:
     for row in (GOOD, without("answer_prefix"), {**GOOD, "answer_prefix": None}):
-        ruler(tmp_path, json.dumps(row))
+        (group,) = ruler(tmp_path, json.dumps(row))
+        (task,) = group.get_all_tasks()
+        assert task.answer_prefix(task.rows[0]) == (row.get("answer_prefix") or "")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 import elasticore
 from elasticore import AllRetrieval, Pass, Routing, Segments, pool_boundary
 
-from .tiny import FAMILIES, SETTINGS, cache_of, cached, elastic, small, tiny, tokens
+from .tiny import CLOSE, FAMILIES, SETTINGS, cache_of, cached, elastic, small, tiny, tokens
 
 SHORT: dict[str, Any] = {"max_new_tokens": 12, "eos_token_id": None, "do_sample": False}
 BOUNDARY = 10
@@ -164,6 +164,47 @@ def test_chunks_of_any_size_read_a_prompt_alike_in_full(chunk: int, seed: int) -
     torch.testing.assert_close(last.logits[:, -1], whole.logits[:, -1], rtol=0, atol=1e-5)
     answers = [model(tokens(1, 1, 7), **cached(c)).logits for c in (cache, cache_of(whole))]
     torch.testing.assert_close(answers[0], answers[1], rtol=0, atol=1e-5)
+
+
+def told(text: Tensor, prompts: list[int], model: Any, layout: str) -> Tensor:
+    """Logits ``[B, T, vocabulary]`` of texts in one pass that is told their prompts, unpadded."""
+    rows, length = text.shape
+    known = torch.tensor(prompts)
+    if layout == "packed":
+        positions = torch.arange(length).repeat(rows)[None]
+        packed = model(
+            text.view(1, -1), position_ids=positions, elastic=Pass(prompt=known), use_cache=False
+        )
+        return packed.logits.view(rows, length, -1)
+    if layout == "dense":
+        return model(text, elastic=Pass(prompt=known)).logits
+    at = {"left": slice(7, None), "right": slice(0, length)}[layout]
+    padded, mask = (torch.zeros(rows, length + 7, dtype=torch.long) for _ in range(2))
+    padded[:, at], mask[:, at] = text, 1
+    logits = model(padded, attention_mask=mask, elastic=Pass(prompt=known)).logits
+    return logits[:, at]
+
+
+@pytest.mark.parametrize("mode", ["fa-ssa", "xa-ssa"])
+@pytest.mark.parametrize("layout", ["dense", "left", "right", "packed"])
+def test_answers_beside_a_prompt_are_read_as_if_they_came_one_by_one(
+    layout: str, mode: str
+) -> None:
+    model = elastic(tiny(), way=small(mode, prefill="full"))
+    text, prompts = tokens(2, 130), [100, 90]
+    together = told(text, prompts, model, layout)
+    for row, prompt in enumerate(prompts):
+        own = text[row : row + 1]
+        cache = cache_of(model(own[:, :prompt]))
+        for place in range(prompt, 130):
+            alone = model(own[:, place : place + 1], **cached(cache)).logits[0, 0]
+            torch.testing.assert_close(together[row, place], alone, **CLOSE)
+
+
+def test_routers_do_not_train_where_prompts_are_read_in_full() -> None:
+    model = elasticore.elasticize(tiny(), small(prefill="full")).train()
+    with pytest.raises(ValueError, match="prefill must be 'routed' while routers train"):
+        model(tokens(1, 70), use_cache=False)
 
 
 # Drafts.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -41,6 +42,19 @@ def test_prompts_are_read_in_full_where_they_are_decided_from(tmp_path: Any) -> 
     Elastic(HeadTable([[1, 0]] * 8), sparse=Streaming(32, 64)).save(tmp_path)
     assert Settings(str(tmp_path)).way().prefill == "routed"
     assert Settings(str(tmp_path), prefill="full").way().prefill == "full"
+
+
+def test_routers_that_read_answers_in_full_are_routed_in_prompts(tmp_path: Any) -> None:
+    way = dataclasses.replace(Elastic.load("tiny"), decode="full")
+    way.save(tmp_path / "router")
+    assert Settings(str(tmp_path / "router")).way().prefill == "routed"
+    with pytest.raises(ValueError, match="nothing would be sparse; leave prefill out"):
+        Settings(str(tmp_path / "router"), prefill="full").way()
+
+
+def test_routers_that_are_not_trained_are_refused() -> None:
+    with pytest.raises(ValueError, match="router fa-ssa has no trained weights"):
+        Settings("fa-ssa").way()
 
 
 def test_a_router_that_is_nowhere_is_named() -> None:

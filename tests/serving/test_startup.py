@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,10 @@ import pytest
 from elasticore import Elastic, HeadTable, Streaming
 from elasticore.assets import tiny as assets
 
-from .engines import engine, prompts
+from .engines import engine, prompts  # first: without vLLM the rest is skipped
+
+# isort: split
+from elasticore.serving.vllm.startup import started
 
 BACKBONE = assets() / "backbone"
 
@@ -96,6 +100,31 @@ def test_families_without_known_keys(tmp_path: Path) -> None:
     transformers.GPTNeoXForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"(?s)elasticore: .*gpt_neox.*supported: "):
         start(model=tmp_path, skip_tokenizer_init=True)
+
+
+def test_engines_that_passed_the_check_by_are_refused() -> None:
+    model = SimpleNamespace(rswa_window=None, architecture="SomeForCausalLM")
+    config = SimpleNamespace(
+        additional_config={"elasticore": {"router": "tiny"}}, model_config=model
+    )
+    with pytest.raises(ValueError, match="SomeForCausalLM was not checked at the start"):
+        started(config)
+
+
+def test_weights_that_are_nowhere_are_said_not_to_be_checked(caplog: Any) -> None:
+    # As of a model in a bucket, which vLLM streams in.
+    from transformers import AutoConfig
+
+    text = AutoConfig.from_pretrained(BACKBONE)
+    model = SimpleNamespace(
+        rswa_window=1, hf_text_config=text, model="s3://bucket/model", revision=None
+    )
+    config = SimpleNamespace(
+        additional_config={"elasticore": {"router": "tiny"}}, model_config=model
+    )
+    with caplog.at_level("WARNING", "vllm.elasticore"):
+        assert started(config)
+    assert "was not checked that the routers were trained for these weights" in caplog.text
 
 
 def test_what_is_set_is_said(caplog: Any) -> None:

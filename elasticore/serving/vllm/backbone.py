@@ -6,7 +6,6 @@ which of its layers are elastic and how their keys were rotated.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,9 +102,3 @@ class Backbone:
         first, second, rest = keys.float().split((width, width, keys.shape[-1] - 2 * width), -1)
         back = (first * cos + second * sin, second * cos - first * sin, rest)
         return torch.cat(back, -1).to(keys.dtype)
-
-    def fingerprint(self, folder: str | Path) -> dict[str, Any]:
-        """The model's fingerprint, with its weights if ``folder`` holds them."""
-        from elasticore.models.fingerprint import fingerprint_of
-
-        return fingerprint_of(self.skeleton, Path(folder))

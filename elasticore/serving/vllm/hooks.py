@@ -11,7 +11,7 @@ from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
-from elasticore.serving.vllm.section import SECTION
+from elasticore.serving.vllm.settings import SECTION
 
 __all__ = ["install"]
 
@@ -32,6 +32,8 @@ def _followed(hook: type[VerifyAndUpdateConfig]) -> type[VerifyAndUpdateConfig]:
     """A hook, followed by ours."""
 
     class Hook(hook):
+        """What vLLM does for an architecture, and then ours."""
+
         @staticmethod
         def verify_and_update_config(vllm_config: Any) -> None:
             hook.verify_and_update_config(vllm_config)

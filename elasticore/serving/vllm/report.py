@@ -17,7 +17,7 @@ logger = init_logger("vllm.elasticore")  # of vLLM's loggers, so that its settin
 
 
 class Report:
-    """Says of every prompt what share of the heads is sparse.
+    """Says of every prompt what share of the heads is sparse, in the layers that share a cache.
 
     The metrics ``elasticore_sparse_share`` (a histogram of Ω_MSR) and
     ``elasticore_prompt_tokens`` are counted in the engine's own process. vLLM's ``/metrics`` shows

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from elasticore.models.elastic import Elastic
-from elasticore.serving.vllm.section import SECTION
+if TYPE_CHECKING:
+    from elasticore.models.elastic import Elastic
 
-__all__ = ["Settings", "reads_prompts"]
+__all__ = ["SECTION", "Settings", "reads_prompts"]
+
+SECTION = "elasticore"
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,8 @@ class Settings:
         ``"full"``: prompts are read by all heads in full, in any chunks, and cached prefixes are
         shared; what was decided counts from the first token that is generated. ``"routed"``: every
         head reads its pattern in the prompt too; where routers decide from the prompt, it has to
-        come whole and is not shared. None: ``"routed"`` if no router reads the prompt, as with
-        tables of heads, else ``"full"``.
+        come whole and is not shared. None: ``"full"``, but ``"routed"`` if no router reads the
+        prompt, as with tables of heads, or if answers are read in full (``decode="full"``).
     check_base
         Whether the served model must be the very one that the routers were trained for.
     log_requests
@@ -83,10 +85,23 @@ class Settings:
         Raises
         ------
         RouterNotFound, ValueError
-            As :meth:`Elastic.load <elasticore.Elastic.load>` does.
+            As :meth:`Elastic.load <elasticore.Elastic.load>` does; or if its routers are not
+            trained, or nothing would ever be sparse.
         """
+        from elasticore.models.elastic import Elastic
+        from elasticore.router.policies import Router
+
         way = Elastic.load(self.router)
-        prefill = self.prefill or ("full" if reads_prompts(way) else "routed")
+        if isinstance(way.policy, Router) and way.policy.weights is None:
+            raise ValueError(f"router {self.router} has no trained weights; name one that has.")
+        prefill = self.prefill
+        if prefill is None:
+            prefill = "full" if reads_prompts(way) and way.decode == "routed" else "routed"
+        if prefill == way.decode == "full":
+            raise ValueError(
+                f"router {self.router} reads answers in full, so with prefill full nothing would "
+                "be sparse; leave prefill out, or set it to routed."
+            )
         return dataclasses.replace(way, prefill=prefill)
 
 

@@ -15,7 +15,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from elasticore.models.elastic import Elastic
-from elasticore.models.fingerprint import check_base_model
+from elasticore.models.fingerprint import check_base_model, fingerprint, fingerprint_of
 from elasticore.serving.vllm.backbone import Backbone
 from elasticore.serving.vllm.settings import Settings, reads_prompts
 
@@ -102,32 +102,39 @@ def started(vllm_config: Any) -> Started | None:
     found = _start(vllm_config, settings)
     model = vllm_config.model_config
     if not Path(model.model).is_dir():  # of a hub, and loaded by now
-        from huggingface_hub import snapshot_download
-
-        folder = snapshot_download(model.model, revision=model.revision, local_files_only=True)
-        _check_weights(found, Path(folder))
+        _check_weights(found, _downloaded(model.model, model.revision))
     return found
+
+
+def _downloaded(name: str, revision: str | None) -> Path | None:
+    """Where the files of a hub's model are; None if it is no such model, as one in a bucket."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except (OSError, ValueError):
+        return None
 
 
 def _start(vllm_config: Any, settings: Settings) -> Started:
     backbone = Backbone(vllm_config.model_config.hf_text_config)
     way = settings.way()
     if way.base is not None:
-        own = backbone.fingerprint(Path())
-        check_base_model(way.base, own, weights=False)
+        check_base_model(way.base, fingerprint(backbone.skeleton), weights=False)
     way.policy.modules(backbone.shapes)  # fits, or raises
     return Started(settings, way, backbone)
 
 
-def _check_weights(found: Started, folder: Path) -> None:
+def _check_weights(found: Started, folder: Path | None) -> None:
     if found.way.base is None or not found.settings.check_base:
         return
-    own = found.backbone.fingerprint(folder)
+    skeleton = found.backbone.skeleton
+    own = fingerprint(skeleton) if folder is None else fingerprint_of(skeleton, folder)
     if own["weights"] is None:
         logger.warning(
-            "elasticore: %s holds no safetensors of the whole model, so it was not checked that "
+            "elasticore: there are no safetensors of the whole model%s, so it was not checked that "
             "the routers were trained for these weights.",
-            folder,
+            "" if folder is None else f" in {folder}",
         )
     check_base_model(found.way.base, own, weights=True)
 
