@@ -9,7 +9,6 @@ What is finished is kept; a command that was stopped goes on when it is given ag
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -108,7 +107,6 @@ def run(
         module=recipe.data["module"],
         split="train",  # held-out samples are for the study alone
         first=UNSEEN,
-        workers=len(os.sched_getaffinity(0)),
     )
     streaming = Method("streaming", "streaming", window(parts_of(recipe).way))
     ways: list[tuple[str, Method]] = [("full", Method("full", "full")), ("streaming", streaming)]

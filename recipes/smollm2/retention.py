@@ -7,7 +7,6 @@ python -m recipes.smollm2.retention --samples 4       # to try it on a CPU
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
@@ -51,7 +50,6 @@ def run(
         module="elasticore.eval.chat_tasks",
         split="train",
         first=UNSEEN,
-        workers=len(os.sched_getaffinity(0)),
     )
     unknown = sorted(set(tasks or ()) - set(scorer.tasks))
     if unknown:

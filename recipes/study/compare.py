@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -366,14 +365,12 @@ def run(
     trainings = Trainings.of(runs, config, change or (), parallel=parallel)
     recipe = Recipe.load(config, trainings.common)
     module = recipe.data.get("module", "elasticore.eval.tasks")
-    cores = len(os.sched_getaffinity(0))
     scorer = Scorer(
         runs / "scores",
         backbone=recipe.backbone,
         dtype=recipe.dtype if torch.cuda.is_available() else "float32",
         batch_tokens=batch_tokens,
         module=module,
-        workers=cores // (trainings.parallel if part else 1) if torch.cuda.is_available() else 0,
     )
     study = Study(trainings, scorer, size)
     if part is not None:

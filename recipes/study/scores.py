@@ -5,15 +5,13 @@ from __future__ import annotations
 import copy
 import importlib
 import json
-import multiprocessing
 import os
 import platform
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -27,7 +25,7 @@ from elasticore.eval.corpus import Split
 from elasticore.eval.methods import Method
 from elasticore.eval.tasks import TASKS, Sample, Task, make_sample
 from elasticore.eval.teacher_forced import Score, score
-from elasticore.models.loading import TINY, load_backbone, load_tokenizer
+from elasticore.models.loading import TINY, load_backbone
 from recipes.study.replay import Replayed, packed
 from recipes.study.runs import console
 
@@ -179,8 +177,6 @@ class Scorer:
         Name of the module whose ``TASKS`` there are.
     split, first
         Whose samples are scored, and their first seed.
-    workers
-        Processes that make samples; 0 makes them here.
     """
 
     def __init__(
@@ -194,7 +190,6 @@ class Scorer:
         module: str = "elasticore.eval.tasks",
         split: Split = "heldout",
         first: int = 0,
-        workers: int = 0,
     ) -> None:
         cuda = torch.cuda.is_available()
         self.folder, self.backend = folder, backend
@@ -203,7 +198,7 @@ class Scorer:
         self.model, self.tokenizer = load_backbone(backbone, self.dtype)
         self.weights = ec.fingerprint(self.model)["weights"]
         self.shape = self.model.config.num_hidden_layers, self.model.config.num_key_value_heads
-        self.backbone, self.module, self.workers = backbone, module, workers
+        self.module = module
         self.split, self.first, self.chat = split, first, False
         self.tasks: Mapping[str, Task] = importlib.import_module(module).TASKS
         self._samples: dict[tuple[str, int], list[Sample]] = {}
@@ -224,24 +219,12 @@ class Scorer:
 
     def samples(self, task: str, length: int, count: int) -> list[Sample]:
         """The first ``count`` samples of a task."""
-        self._make([task], length, count)
-        return self._samples[task, length][:count]
-
-    def _make(self, tasks: Sequence[str], length: int, count: int) -> None:
-        """Make the samples that are missing."""
-        jobs = []
-        for task in tasks:
-            there = self._samples.setdefault((task, length), [])
-            jobs += [(task, self.first + index) for index in range(len(there), count)]
-        make = partial(_sample, self.backbone, self.module, length, self.split, self.chat)
-        if self.workers and jobs:
-            # Spawned, as this process may hold a GPU.
-            with multiprocessing.get_context("spawn").Pool(self.workers) as pool:
-                made = pool.map(make, jobs, chunksize=max(1, min(20, len(jobs) // self.workers)))
-        else:
-            made = [make(job) for job in jobs]
-        for (task, _), sample in zip(jobs, made, strict=True):
-            self._samples[task, length].append(sample)
+        there = self._samples.setdefault((task, length), [])
+        known: Any = importlib.import_module(self.module)
+        for seed in range(self.first + len(there), self.first + count):
+            sample = make_sample(task, self.tokenizer, length, seed, self.split, known.TASKS)
+            there.append(known.as_in_chat(sample, self.tokenizer) if self.chat else sample)
+        return there[:count]
 
     def score(
         self, way: Way, length: int, count: int, tasks: Iterable[str] | None = None
@@ -271,7 +254,8 @@ class Scorer:
             there = json.loads(file.read_text(encoding="utf-8"))
             if there["about"] == about:
                 return there["figures"]
-        self._make(tasks, length, count)
+        for task in tasks:
+            self.samples(task, length, count)
         since = time.perf_counter()
         with way.on(self.model), ec.use_backend(self.backend):
             figures = {task: self._score(way, self.samples(task, length, count)) for task in tasks}
@@ -348,20 +332,6 @@ def means(scores: list[Score]) -> Figures:
 def value(task: str, figures: dict[str, Any], tasks: Mapping[str, Task] = TASKS) -> float:
     """The score of a task: the share of exact answers, or of right tokens where those count."""
     return float(figures["token_accuracy" if tasks[task].tokens else "accuracy"])
-
-
-@lru_cache
-def _tokenizer(backbone: str) -> Any:
-    return load_tokenizer(backbone)
-
-
-def _sample(
-    backbone: str, module: str, length: int, split: Split, chat: bool, job: tuple[str, int]
-) -> Sample:
-    known: Any = importlib.import_module(module)
-    tokenizer = _tokenizer(backbone)
-    sample = make_sample(job[0], tokenizer, length, job[1], split, known.TASKS)
-    return known.as_in_chat(sample, tokenizer) if chat else sample
 
 
 def mean_msr(figures: Figures) -> float:
