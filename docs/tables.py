@@ -94,7 +94,10 @@ def table(file: str, rows: str, columns: Sequence[str], below: str = "") -> str:
     lines = [["", *(heading.strip() for heading, _, _ in pairs)], ["---", *["--:"] * len(pairs)]]
     for row in (name.strip() for name in rows.split(",")):
         cells = (
-            cell(smallest(results, path.strip().replace("{row}", row)), "%" in heading)
+            cell(
+                smallest(results, path.strip().replace("{row}", row)),
+                "%" in heading or "points" in heading,
+            )
             for heading, _, path in pairs
         )
         lines.append([f"`{row}`", *cells])

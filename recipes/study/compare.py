@@ -27,7 +27,7 @@ from elasticore.eval.methods import Method
 from elasticore.train import Recipe
 from elasticore.train.recipe import parts_of
 from recipes.study.about import about
-from recipes.study.records import MAIN, Record, label, show, summary
+from recipes.study.records import FULL, IN_CHAT, MAIN, Record, label, show, summary
 from recipes.study.replay import between_tasks, replayed, unpacked, within_tasks
 from recipes.study.runs import Run, Trainings, at_once, console, gate_scores
 from recipes.study.scores import (
@@ -152,11 +152,12 @@ class Study:
     def _fixed(self) -> Iterator[Record]:
         """What neither trains nor has seeds."""
         for name, method in (
-            ("full", Method("full", "full")),
+            (FULL, Method(FULL, "full")),
             ("streaming", Method("streaming", "streaming", window(self.way))),
         ):
             for length in (self.size.length, *self.size.lengths):
                 yield Record(name, 0, name, length, self._score(method, length))
+        yield from self._in_chat(FULL, 0, Method(FULL, "full"))
         for text in self.size.methods:
             free = Method.parse(text)
             yield Record(free.name, 0, free.name, self.size.length,
@@ -180,10 +181,10 @@ class Study:
 
         yield from compared(main)
         yield from self._controls(run, own)
-        if hasattr(importlib.import_module(self.scorer.module), "as_in_chat"):
-            chat, group = self.scorer.in_chat(), f"{MAIN} in a chat"
-            figures = chat.score(self._router(run), main, size.samples, self.tasks)
-            yield Record(group, run.seed, group, main, figures)
+        group = f"{MAIN}, prompt in full"
+        figures = self._score(self._router(run, prefill="full"), main)
+        yield Record(group, run.seed, group, main, figures)
+        yield from self._in_chat(MAIN, run.seed, self._router(run))
         for length in reversed(size.lengths):
             yield from compared(length)
         for share in size.shares:
@@ -194,6 +195,13 @@ class Study:
             if layers:
                 cut = self._cut(layers, mean_msr(figures))
                 yield Record(BY_LAYER, run.seed, group, main, self._score(cut, main))
+
+    def _in_chat(self, group: str, seed: int, way: Way) -> Iterator[Record]:
+        """Where prompts can end before the start of the answer: so."""
+        if hasattr(importlib.import_module(self.scorer.module), "as_in_chat"):
+            length, group = self.size.length, group + IN_CHAT
+            figures = self.scorer.in_chat().score(way, length, self.size.samples, self.tasks)
+            yield Record(group, seed, group, length, figures)
 
     def _own(self, run: Run) -> Figures:
         """Of routers as they were trained."""
@@ -255,7 +263,7 @@ class Study:
         count = min(ORACLE_SAMPLES, self.size.samples)
         names = dict.fromkeys(name for one in rankings for name in one)
         shared = {name: [one[name] for one in rankings if name in one] for name in names}
-        full = self.unseen.score(Method("full", "full"), length, count, self.tasks)
+        full = self.unseen.score(Method(FULL, "full"), length, count, self.tasks)
         for task in self.tasks:
             of_task = [1 - torch.tensor(figures[task]["sparse"]) for figures in own]
             wanted = KEPT * fmean(full[task]["each"])
@@ -304,9 +312,10 @@ class Study:
         best = min(points, key=lambda amount: abs(points[amount] - share))
         return Cut(f"{run.name}@{share:.3f}", folder, best)
 
-    def _router(self, run: Run) -> Method:
+    def _router(self, run: Run, **settings: str) -> Method:
         folder = (self.trainings.path(run) / "router").resolve()
-        return Method(run.name, "router", {"path": str(folder)})
+        name = "-".join((run.name, *settings, *settings.values()))
+        return Method(name, "router", {"path": str(folder), **settings})
 
     def _score(self, way: Way, length: int) -> Figures:
         return self.scorer.score(way, length, self.size.samples, self.tasks)

@@ -13,10 +13,14 @@ from rich.table import Table
 from recipes.study.runs import console
 from recipes.study.scores import Figures, mean_msr
 
-__all__ = ["MAIN", "Record", "label", "show", "summary"]
+__all__ = ["FULL", "IN_CHAT", "MAIN", "Record", "label", "show", "summary"]
 
 MAIN = "routers"
 """The group that others are compared with."""
+FULL = "full"
+"""The group that reads everything."""
+IN_CHAT = " in a chat"
+"""Ends the name of a group whose prompts end before the start of the answer."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +68,11 @@ def summary(records: Sequence[Record], sensitive: Sequence[str]) -> list[dict[st
             means = [100 * fmean(fmean(r.figures[t]["each"]) for t in among) for r in own]
             row[kind] = round(fmean(means), 2)
             row[f"{kind}_spread"] = round(float(np.std(means)), 2)
-            full = [r for r in records if (r.group, r.length) == ("full", length)]
+            most = FULL + (IN_CHAT if group.endswith(IN_CHAT) else "")
+            full = [r for r in records if (r.group, r.length) == (most, length)]
             if full:
-                most = 100 * fmean(fmean(full[0].figures[t]["each"]) for t in among)
-                row[f"{kind}_of_full"] = round(100 * fmean(means) / most, 1) if most else None
+                best = 100 * fmean(fmean(full[0].figures[t]["each"]) for t in among)
+                row[f"{kind}_of_full"] = round(100 * fmean(means) / best, 1) if best else None
             row[f"msr_{kind}"] = round(fmean(r.figures[t]["msr"] for r in own for t in among), 4)
         row["gap"] = round(row["msr_robust"] - row["msr_sensitive"], 4)
         row["msr"] = round(fmean(mean_msr(r.figures) for r in own), 4)

@@ -72,9 +72,15 @@ def test_a_study_of_the_tiny_model(tmp_path: Path) -> None:
     again = list(study.records(trained))  # from what was kept
     assert [r.figures for r in again] == [r.figures for r in records]
     rows = summary(records, study.sensitive)
-    assert {"full", "streaming", "random", "oracle", "per task", "chosen"} <= {
-        row["group"] for row in rows
-    }
+    assert {
+        "full",
+        "streaming",
+        "random",
+        "oracle",
+        "per task",
+        "chosen",
+        "routers, prompt in full",
+    } <= {row["group"] for row in rows}
 
 
 def test_commands_run_side_by_side_and_a_failure_keeps_none_back(
