@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +27,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LogitsProcessor
+from transformers import AutoModelForCausalLM, CompileConfig, LlamaConfig, LogitsProcessor
 
 import elasticore as ec
 from elasticore.machine import environment
@@ -52,16 +53,19 @@ class Way:
         With the static cache, which ``generate`` compiles for; else with the one that grows.
     cache
         What an elastic model keeps.
+    ahead
+        By ``elasticore.generate``, whose host is one step ahead; else by ``model.generate``.
     """
 
     share: float | None
     compiled: bool
     cache: Any = "elastic"
+    ahead: bool = False
 
     def __str__(self) -> str:
         name = "sdpa" if self.share is None else f"elastic {self.share:g}"
         kind = "" if self.share is None or self.cache == "elastic" else f" {self.cache}"
-        return f"{name}{kind} {'static' if self.compiled else 'dynamic'}"
+        return f"{name}{kind} {'static' if self.compiled else 'dynamic'}{' ahead' * self.ahead}"
 
 
 class Ticks(LogitsProcessor):
@@ -126,8 +130,10 @@ def held(cache: Any) -> int:
     return total
 
 
-def measure(model: Any, way: Way, prompt: Tensor, tokens: int, sizes: ec.Elastic) -> dict[str, Any]:
-    """Generate ``tokens`` tokens in a way.
+def measure(
+    model: Any, way: Way, prompt: Tensor, tokens: int, sizes: ec.Elastic, mode: str | None = None
+) -> dict[str, Any]:
+    """Generate ``tokens`` tokens in a way, compiled in a mode of ``torch.compile``.
 
     Returns
     -------
@@ -145,7 +151,10 @@ def measure(model: Any, way: Way, prompt: Tensor, tokens: int, sizes: ec.Elastic
     given: dict[str, Any] = {"max_new_tokens": tokens, "min_new_tokens": tokens}
     if way.compiled:
         given["cache_implementation"] = "static"
-    out = twin.generate(
+        if mode is not None:
+            given["compile_config"] = CompileConfig(mode=mode)
+    generate = partial(ec.generate, twin) if way.ahead else twin.generate
+    out = generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         do_sample=False,
@@ -193,6 +202,7 @@ def main(
     small: Annotated[bool, typer.Option(help="A small model, to try this out.")] = False,
     plain: Annotated[bool, typer.Option(help="The unchanged model as well.")] = True,
     check: Annotated[bool, typer.Option(help="Compare with what runs uncompiled.")] = True,
+    mode: Annotated[str | None, typer.Option(help="Of torch.compile, as max-autotune.")] = None,
     output: Annotated[Path | None, typer.Option(help="Where results go, as JSON.")] = None,
 ) -> None:
     """Time decoding, case by case."""
@@ -228,7 +238,7 @@ def main(
         for rows in batch:
             generator = torch.Generator().manual_seed(size + rows)
             prompt = torch.randint(0, config.vocab_size, (rows, size), generator=generator)
-            case = _case(model, prompt.to(device), share, tokens, sizes, plain, check)
+            case = _case(model, prompt.to(device), share, tokens, sizes, plain, check, mode)
             cases[f"{size}x{rows}"] = case
             if output is not None:  # what was measured so far is there, should the rest fail
                 output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -244,21 +254,22 @@ def _case(
     sizes: ec.Elastic,
     plain: bool,
     check: bool,
+    mode: str | None,
 ) -> dict[str, Any]:
     table = Table(title=f"{prompt.shape[1]:,} tokens, {len(prompt)} rows")
     for heading in ("", "ms", "min", "tokens/s", "cache GiB", "peak GiB", "apart", "s in all"):
         table.add_column(heading, justify="right" if heading else "left")
     case: dict[str, Any] = {}
-    ways = [Way(share, True) for share in shares]
+    ways = [Way(share, True, ahead=ahead) for ahead in (True, False) for share in shares]
     if plain:
-        ways = [Way(None, False), *ways, Way(None, True)]
+        ways = [Way(None, False), *ways, Way(None, True), Way(None, True, ahead=True)]
     references: dict[float | None, dict[str, Any]] = {}
     for way in ways:
         try:
             if way.share and way.share not in references and check:
                 dense = Way(way.share, False, "dense")
                 references[way.share] = measure(model, dense, prompt, 3, sizes)
-            found = measure(model, way, prompt, tokens, sizes)
+            found = measure(model, way, prompt, tokens, sizes, mode)
         except Exception as error:
             if way.share is not None:
                 raise

@@ -31,6 +31,7 @@ _EXPORTS = {
         "UnsupportedRequest",
     ),
     "elasticore.layout": ("Segments", "SequenceLayout"),
+    "elasticore.models.ahead": ("generate",),
     "elasticore.models.passes": ("Pass",),
     "elasticore.models.elastic": (
         "Elastic",
