@@ -51,6 +51,7 @@ LAYER = "elastic.policy.by=layer"
 BY_LAYER, LONG = "by-layer", "duo-long"
 CUT_SAMPLES, TRIES, NEAR = 10, 7, 0.004
 ORACLE_SAMPLES, KEPT = 100, 0.99
+ORACLE_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.4, 0.3)
 TABLE_SAMPLES = 50
 
 
@@ -268,7 +269,7 @@ class Study:
             of_task = [1 - torch.tensor(figures[task]["sparse"]) for figures in own]
             wanted = KEPT * fmean(full[task]["each"])
             best: tuple[float, Tensor] = (0.0, of_task[0])
-            for share in (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.4, 0.3):
+            for share in ORACLE_SHARES:
                 for name, scores in {"own": of_task, **shared}.items():
                     ranking = torch.stack([_ranks(one) for one in scores]).mean(0)
                     way = Static(f"{task}-{name}@{share:g}", HeadTable.of_scores(ranking, share),

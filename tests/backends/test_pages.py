@@ -138,7 +138,9 @@ def test_the_pages_of_vllm(backend: str) -> None:
 @pytest.mark.parametrize("group", [1, 4, 7, 8])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_queries_of_wide_heads(group: int, dim: int) -> None:
-    for queries in (1, 2, 16, 150):
+    # Interpreted, 150 rows take a minute over all: one of each on a CPU.
+    many = DEVICE == "cuda" or (group, dim) in {(7, 64), (4, 128)}
+    for queries in (1, 2, 16, 150) if many else (1, 2, 16):
         one = problem(
             [queries] * 2, [300] * 2, [[0, 1], [1, 0]], group=group, dim=dim, packed=False
         )

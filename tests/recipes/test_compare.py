@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from recipes.study import compare
 from recipes.study.compare import Size, Study
 from recipes.study.records import Record, summary
 from recipes.study.runs import Trainings, at_once
@@ -43,7 +44,8 @@ def test_differences_are_paired_over_samples_and_averaged_over_seeds() -> None:
 
 
 @pytest.mark.slow
-def test_a_study_of_the_tiny_model(tmp_path: Path) -> None:
+def test_a_study_of_the_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "ORACLE_SHARES", (1.0, 0.5))
     trainings = Trainings.of(tmp_path, Path("recipes/tiny/routers.yaml"), QUICK)
     scorer = Scorer(tmp_path / "scores", dtype="float32")
     free = ("chosen=xattention:threshold=0.9,block_size=32",)
