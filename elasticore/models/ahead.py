@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -78,10 +78,10 @@ def _decode(
     step: Callable[..., Any] = (
         model.get_compiled_call(config.compile_config) if compiled else model.__call__
     )
-    kept = {
-        name: [] if config.return_dict_in_generate and wanted else None
-        for name, wanted in (("scores", config.output_scores), ("logits", config.output_logits))
-    }
+    all_scores: list[Tensor] = []
+    all_logits: list[Tensor] = []
+    wanted = bool(config.return_dict_in_generate)
+    keeps_scores, keeps_logits = wanted and config.output_scores, wanted and config.output_logits
     pad = _padding(config, stopping_criteria)
     unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
     before: _News | None = None
@@ -97,10 +97,11 @@ def _decode(
         # A copy, as the next step may write to the same place; and a prompt's logits are large.
         logits = outputs.logits[:, -1].to(torch.float32, copy=True)
         del outputs
-        scores = logits_processor(input_ids, logits)
-        for name, one in (("scores", scores), ("logits", logits)):
-            if kept[name] is not None:
-                kept[name].append(one)
+        scores = logits_processor(cast(Any, input_ids), cast(Any, logits))
+        if keeps_scores:
+            all_scores.append(scores)
+        if keeps_logits:
+            all_logits.append(logits)
         if config.do_sample:
             tokens = torch.multinomial(scores.softmax(-1), 1)[:, 0]
         else:
@@ -108,14 +109,12 @@ def _decode(
         if pad is not None:
             tokens = torch.where(unfinished, tokens, pad)
         input_ids = torch.cat((input_ids, tokens[:, None]), 1)
-        told = None if kept["scores"] is None else tuple(kept["scores"])
-        unfinished = unfinished & ~stopping_criteria(input_ids, told)
+        told = tuple(all_scores) if keeps_scores else None
+        unfinished = unfinished & ~stopping_criteria(cast(Any, input_ids), cast(Any, told))
         news = _News(tokens, unfinished)
         if before is not None and before.all_finished():
             input_ids = input_ids[:, :-1]
-            for ones in kept.values():
-                if ones is not None:
-                    ones.pop()
+            del all_scores[-1:], all_logits[-1:]
             break
         if streamer is not None and before is not None:
             streamer.put(before.tokens())
@@ -133,8 +132,10 @@ def _decode(
         streamer.end()
     if not config.return_dict_in_generate:
         return input_ids
-    outcome = {name: None if ones is None else tuple(ones) for name, ones in kept.items()}
-    return GenerateDecoderOnlyOutput(sequences=input_ids, **outcome, **{CACHE: model_kwargs[CACHE]})
+    outcome: dict[str, Any] = {"sequences": input_ids, CACHE: model_kwargs[CACHE]}
+    outcome["scores"] = tuple(all_scores) if keeps_scores else None
+    outcome["logits"] = tuple(all_logits) if keeps_logits else None
+    return GenerateDecoderOnlyOutput(**outcome)
 
 
 class _News:
@@ -171,7 +172,7 @@ def _check(model: Any, config: GenerationConfig, model_kwargs: dict[str, Any]) -
         "prefill_chunk_size": config.prefill_chunk_size is not None,
         "output_attentions": config.output_attentions,
         "output_hidden_states": config.output_hidden_states,
-        "use_cache=False": not model_kwargs.get("use_cache"),
+        "use_cache=False": not model_kwargs.get("use_cache", config.use_cache),
     }
     for what, there in refused.items():
         if there:
@@ -197,7 +198,7 @@ def _padding(config: GenerationConfig, stopping: StoppingCriteriaList) -> int | 
         return None
     if config.pad_token_id is not None:
         return int(config.pad_token_id)
-    ends = config.eos_token_id
+    ends: Any = config.eos_token_id
     return int(ends[0] if isinstance(ends, list) else ends)
 
 
@@ -211,7 +212,8 @@ def _new(input_ids: Tensor, model_kwargs: dict[str, Any]) -> int | None:
     else:  # dropped, as it masks nothing; positions are those of the whole text, or the caller's
         positions = model_kwargs.get("position_ids")
         known = positions is not None and positions.shape[-1] == whole
-        known = known and not bool(positions[..., 0].any())
+        if positions is not None and known:
+            known = not bool(positions[..., 0].any())
     return whole - there if there and known else None
 
 

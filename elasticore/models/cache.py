@@ -19,7 +19,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 
 from elasticore.errors import ElasticoreError
 from elasticore.memo import Memo
-from elasticore.models.ends import Ends
+from elasticore.models.ends import Ends, Places
 from elasticore.models.layouts import PassLayout
 from elasticore.models.paged_cache import SPARE, PagedLayer
 from elasticore.plan import HeadPlan
@@ -168,9 +168,9 @@ class Memory:
             every = [x.new_ones(x.shape[:2], dtype=torch.bool) if v is None else v for x, v in runs]
             valid = torch.cat(every, 1)
         layout = PassLayout.of_valid(valid, hidden.shape[0], hidden.shape[1], hidden.device)
-        self.append(
-            Ends.of(self.ends.boundary, hidden, layout.columns, layout.row, layout.length, project)
-        )
+        width, boundary = hidden.shape[1], self.ends.boundary
+        places = Places.of(boundary, width, layout.columns, layout.row, layout.length)
+        self.append(Ends.of(places, hidden, project))
 
     def settle_rows(self) -> None:
         """Choose the rows of all that came before a choice of rows."""

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from elasticore.errors import ElasticoreError
 from elasticore.models.cache import ElasticCacheLayer, Memory, elastic_layer
-from elasticore.models.ends import Ends
+from elasticore.models.ends import Ends, Places
 from elasticore.models.layouts import PassLayout, packed_lengths, read_layout
 from elasticore.models.paged_cache import PagedLayer
 from elasticore.models.passes import Pass, Planned
@@ -151,7 +151,8 @@ def _with_prompt(
             def beyond(position: Tensor) -> Tensor:
                 return layout.columns(prompt[:, None] + position)
 
-            ends = ends + Ends.of(boundary, hidden, beyond, layout.row, rest, project)
+            places = Places.of(boundary, queries, beyond, layout.row, rest)
+            ends = ends + Ends.of(places, hidden, project)
         memory.ends = ends.rows(Tensor.detach)
     if decided is None or past:
         planned = _as_before(state, memory, layout, past + queries, queries)
@@ -207,7 +208,13 @@ def _ends(
     *,
     spare: bool = True,
 ) -> Ends:
-    return Ends.of(boundary, tokens, layout.columns, layout.row, prompt, project, spare=spare)
+    # All layers have the same prompts, but for a cut after which all there is decides.
+    of = boundary, tokens.shape[1], spare, prompt is layout.length
+    if of not in layout.places:
+        layout.places[of] = Places.of(
+            boundary, tokens.shape[1], layout.columns, layout.row, prompt, spare=spare
+        )
+    return Ends.of(layout.places[of], tokens, project)
 
 
 def _decide(

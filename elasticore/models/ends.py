@@ -10,7 +10,79 @@ from torch import Tensor
 
 from elasticore.layout import Segments
 
-__all__ = ["Ends"]
+__all__ = ["Ends", "Places"]
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Where the ends of a pass's sequences are: the same for all layers, so made once.
+
+    Attributes
+    ----------
+    boundary
+        That of :class:`Ends`.
+    column
+        int64 ``[S, n]``: columns of the first tokens of each sequence, then of its last ones.
+    heads
+        How many of these are first tokens.
+    row
+        int64 ``[S, 1]``: each sequence's row.
+    length, held
+        Those of :class:`Ends`.
+    window
+        int64 ``[S, m]``: which of the columns a policy is shown; None: all.
+    segments
+        Where each sequence lies in what a policy is shown.
+    """
+
+    boundary: int | None
+    column: Tensor
+    heads: int
+    row: Tensor
+    length: Tensor
+    held: Tensor
+    window: Tensor | None
+    segments: Segments
+
+    @classmethod
+    def of(
+        cls,
+        boundary: int | None,
+        width: int,
+        columns: Callable[[Tensor], Tensor],
+        row: Tensor,
+        length: Tensor,
+        *,
+        spare: bool = True,
+    ) -> Places:
+        """The places in rows of ``width`` tokens.
+
+        Parameters
+        ----------
+        boundary
+            See :class:`Ends`.
+        columns
+            Where in a row the tokens at the positions ``[S, n]`` of the sequences are.
+        row, length
+            int64 ``[S]``: each sequence's row, and its number of tokens.
+        spare
+            Whether tokens may be taken off the end later; else ``last`` holds no more than a
+            router pools.
+        """
+        device = length.device
+        slot = torch.arange(width if boundary is None else min(boundary, width), device=device)
+        head = columns(slot.expand(length.numel(), -1)).clamp(max=width - 1)
+        if boundary is None:
+            segments = _segments(length)
+            return cls(None, head, width, row[:, None], length, length * 0, None, segments)
+        from_end = torch.arange(min((1 + spare) * boundary, width), 0, -1, device=device)
+        tail = columns((length[:, None] - from_end).clamp(min=0)).clamp(max=width - 1)
+        held = length.clamp(max=tail.shape[1])
+        first, last, count = _window(boundary, length, held, head.shape[1], tail.shape[1])
+        window = torch.where(first >= 0, first, head.shape[1] + last)
+        column = torch.cat((head, tail), 1)
+        segments = _segments(count)
+        return cls(boundary, column, head.shape[1], row[:, None], length, held, window, segments)
 
 
 @dataclass(eq=False)
@@ -33,6 +105,8 @@ class Ends:
         int64 ``[S]``: tokens of the sequence.
     held
         int64 ``[S]``: how many of the last tokens ``last`` holds.
+    shown
+        What a policy is shown, where that is known.
     """
 
     boundary: int | None
@@ -40,53 +114,32 @@ class Ends:
     last: Tensor
     length: Tensor
     held: Tensor
+    shown: tuple[Tensor, Segments] | None = None
 
     @classmethod
-    def of(
-        cls,
-        boundary: int | None,
-        tokens: Tensor,
-        columns: Callable[[Tensor], Tensor],
-        row: Tensor,
-        length: Tensor,
-        project: Callable[[Tensor], Tensor],
-        *,
-        spare: bool = True,
-    ) -> Ends:
+    def of(cls, places: Places, tokens: Tensor, project: Callable[[Tensor], Tensor]) -> Ends:
         """The ends of the sequences in ``tokens``.
 
         Parameters
         ----------
-        boundary
-            See the class.
+        places
+            Where they are.
         tokens
             ``[B, T, ...]``: what ``project`` turns into keys, such as hidden states.
-        columns
-            Where in a row the tokens at the positions ``[S, n]`` of the sequences are.
-        row, length
-            int64 ``[S]``: each sequence's row, and its number of tokens.
         project
             From ``[rows, n, ...]`` to keys ``[rows, n, Hkv, D]``; called once, with no more tokens
             than are needed.
-        spare
-            Whether tokens may be taken off the end later; else ``last`` holds no more than a
-            router pools.
         """
-        width, device = tokens.shape[1], tokens.device
-        slot = torch.arange(width if boundary is None else min(boundary, width), device=device)
-        head = columns(slot.expand(length.numel(), -1)).clamp(max=width - 1)
-        if boundary is None:
-            keys = project(tokens)[row[:, None], head]
-            return cls(None, keys, keys[:, :0], length, length * 0)
-        from_end = torch.arange(min((1 + spare) * boundary, width), 0, -1, device=device)
-        tail = columns((length[:, None] - from_end).clamp(min=0)).clamp(max=width - 1)
-        places = torch.cat((head, tail), 1)
-        if row.numel() * places.shape[1] < tokens.shape[0] * width:
-            keys = project(tokens[row[:, None], places])
+        row, column = places.row, places.column
+        if places.boundary is not None and column.numel() < tokens.shape[0] * tokens.shape[1]:
+            keys = project(tokens[row, column])
         else:
-            keys = project(tokens)[row[:, None], places]
-        first, last = keys[:, : head.shape[1]], keys[:, head.shape[1] :]
-        return cls(boundary, first, last, length, length.clamp(max=last.shape[1]))
+            keys = project(tokens)[row, column]
+        first, last = keys[:, : places.heads], keys[:, places.heads :]
+        if places.window is not None:
+            keys = keys[places.segments.row[:, None], places.window]
+        shown = keys, places.segments
+        return cls(places.boundary, first, last, places.length, places.held, shown)
 
     def __add__(self, other: Ends) -> Ends:
         """These sequences, each followed by that of ``other``."""
@@ -121,7 +174,8 @@ class Ends:
     def rows(self, move: Callable[[Tensor], Tensor]) -> Ends:
         """These sequences, moved by a function of the first axis."""
         parts = (self.first, self.last, self.length, self.held)
-        return Ends(self.boundary, *map(move, parts))
+        first, last, length, held = map(move, parts)
+        return Ends(self.boundary, first, last, length, held)
 
     def window(self) -> tuple[Tensor, Segments]:
         """What a policy is shown: keys ``[S, n, Hkv, D]`` and where each sequence lies in them.
@@ -129,22 +183,42 @@ class Ends:
         A sequence of at most ``2 * boundary`` tokens is there whole and in order; of a longer one
         the first and the last ``boundary`` tokens.
         """
-        row = torch.arange(self.length.numel(), device=self.length.device)
-        zero = torch.zeros_like(row)
+        if self.shown is not None:
+            return self.shown
         if self.boundary is None:
-            return self.first, Segments(row, zero, self.length, zero, self.length)
-        at_start = self.length.clamp(max=self.boundary)
-        at_end = torch.minimum(self.length - at_start, self.held.clamp(max=self.boundary))
-        count = at_start + at_end
-        wide = min(2 * self.boundary, self.first.shape[1] + self.last.shape[1])
-        slot = torch.arange(wide, device=row.device).expand(row.numel(), -1)
-        from_end = count[:, None] - slot
-        keys = torch.where(
-            (slot < at_start[:, None])[..., None, None],
-            _at(self.first, slot),
-            _at(self.last, self.last.shape[1] - from_end),
-        )
-        return keys, Segments(row, zero, count, zero, count)
+            return self.first, _segments(self.length)
+        widths = self.first.shape[1], self.last.shape[1]
+        first, last, count = _window(self.boundary, self.length, self.held, *widths)
+        at_start = (first >= 0)[..., None, None]
+        keys = torch.where(at_start, _at(self.first, first), _at(self.last, last))
+        return keys, _segments(count)
+
+
+def _window(
+    boundary: int, length: Tensor, held: Tensor, heads: int, tails: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a policy is shown of ``heads`` first and ``tails`` last keys.
+
+    Returns
+    -------
+    first, last, count
+        int64 ``[S, m]``: each slot's place among the first keys, or -1, and among the last ones;
+        and ``[S]``, how many slots count.
+    """
+    at_start = length.clamp(max=boundary)
+    at_end = torch.minimum(length - at_start, held.clamp(max=boundary))
+    count = at_start + at_end
+    slot = torch.arange(min(2 * boundary, heads + tails), device=length.device)
+    first = torch.where(slot < at_start[:, None], slot, -1)
+    last = (slot + (tails - count)[:, None]).clamp(0, max(tails - 1, 0))
+    return first, last, count
+
+
+def _segments(count: Tensor) -> Segments:
+    """Sequences of so many tokens, each in a row of its own."""
+    row = torch.arange(count.numel(), device=count.device)
+    zero = torch.zeros_like(row)
+    return Segments(row, zero, count, zero, count)
 
 
 def _at(keys: Tensor, place: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ class PassLayout:
         and the layout of one query at each row's last valid position; else None. What is written
         after a prompt that is padded on the right is read from there, so it is answered as if it
         stood at that position, which is what SDPA gives.
+    places
+        Where the prompts' ends are, which the first layer of each kind finds for the others.
     """
 
     layout: SequenceLayout
@@ -46,6 +49,7 @@ class PassLayout:
     order: Tensor | None = None
     key_order: Tensor | None = None
     ends: tuple[Tensor, SequenceLayout] | None = None
+    places: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
     def dense(cls, batch: int, queries: int, device: torch.device) -> PassLayout:
