@@ -38,6 +38,7 @@ def routing_picture(
         raise ValueError("frequency must hold at least one task.")
     plt = pyplot()
     from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.patches import Patch
 
     colours = LinearSegmentedColormap.from_list("routing", ["#c0392b", "#f4f1ee", "#2e6da4"])
     figure, axes = plt.subplots(
@@ -63,9 +64,14 @@ def routing_picture(
         axis.grid(which="minor", color="white", linewidth=1.5)
         axis.tick_params(which="both", length=0)
     axes[0][0].set_ylabel("layer")
-    bar = figure.colorbar(image, ax=axes[0].tolist(), shrink=0.8, ticks=[0, 0.5, 1])
-    bar.ax.set_yticklabels(["retrieval", "", "sparse"])
-    bar.outline.set_visible(False)
+    if all(bool(((x == 0) | (x == 1)).all()) for x in frequency.values()):  # of one prompt each
+        names = {"sparse": colours(1.0), "retrieval": colours(0.0)}
+        keys = [Patch(color=colour, label=name) for name, colour in names.items()]
+        figure.legend(handles=keys, loc="outside right center", frameon=False)
+    else:
+        bar = figure.colorbar(image, ax=axes[0].tolist(), shrink=0.8, ticks=[0, 0.5, 1])
+        bar.ax.set_yticklabels(["retrieval", "", "sparse"])
+        bar.outline.set_visible(False)
     if title:
         figure.suptitle(title, fontsize=11)
     return save(figure, Path(path), dpi=150)
