@@ -1,4 +1,4 @@
-"""Measured results as Markdown tables: a directive for these pages, a command for the README.
+"""Measured results in these pages: a directive for tables, a role for figures in sentences.
 
 In a page::
 
@@ -15,14 +15,23 @@ Every column is a heading and a dotted path into ``benchmarks/results/tiny-elast
 there are. The values at ``below`` are printed under the table. A path that the file lacks is an
 error; a file that is missing is said to be missing.
 
-``python docs/tables.py docs/tiny.md docs/benchmarks.md docs/training.md README.md`` writes the
-tables of the first files into the last, between ``<!-- table:retrieval -->`` and
+In a sentence::
+
+    It takes {figure}`bench.json a.ms : .1f` ms, {figure}`bench.json 1 - a.ms / b.ms : .0%` less.
+
+The paths are those of the tables. ``-`` and ``/`` with spaces around them subtract and divide, and
+numbers may stand in for paths. What follows ``:`` is one of Python's format specifications; without
+it a value looks as it does in a table. Here a file that is missing is an error too.
+
+The README has tables only. ``python docs/tables.py docs/tiny.md docs/benchmarks.md README.md``
+writes the tables of the first files into the last, between ``<!-- table:retrieval -->`` and
 ``<!-- /table:retrieval -->``.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -35,6 +44,7 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 BLOCK = re.compile(r"^```\{results\} (\S+) (\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+NUMBER = re.compile(r"\d+(\.\d+)?")
 
 
 def look_up(results: Any, path: str) -> Any:
@@ -74,6 +84,37 @@ def cell(value: object, percent: bool = False) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return str(value)
+
+
+def calculate(results: Any, expression: str) -> Any:
+    """The value of a path, or of paths and numbers with `` / `` and `` - `` between them."""
+    minuend, *subtrahends = expression.split(" - ")
+    if subtrahends:
+        return calculate(results, minuend) - sum(calculate(results, one) for one in subtrahends)
+    dividend, *divisors = expression.split(" / ")
+    if divisors:
+        return calculate(results, dividend) / math.prod(calculate(results, d) for d in divisors)
+    return float(expression) if NUMBER.fullmatch(expression) else smallest(results, expression)
+
+
+def figure(text: str) -> str:
+    """The text of a figure: of ``file.json expression`` or ``file.json expression : format``.
+
+    Raises
+    ------
+    ValueError
+        If there is no such file, a path is not in it, or its value cannot be calculated with or
+        formatted.
+    """
+    file, _, rest = " ".join(text.split()).partition(" ")
+    expression, _, form = rest.partition(" : ")
+    if not (RESULTS / file).is_file():
+        raise ValueError(f"there is no benchmarks/results/{file}")
+    try:
+        value = calculate(json.loads((RESULTS / file).read_text(encoding="utf-8")), expression)
+        return format(value, form).replace("%", " %") if form else cell(value)
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: {expression}: {error}") from error
 
 
 def table(file: str, rows: str, columns: Sequence[str], below: str = "") -> str:
@@ -127,11 +168,11 @@ def fill(text: str, tables: dict[str, str]) -> str:
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Make the ``results`` directive known to Sphinx."""
+    """Make the ``results`` directive and the ``figure`` role known to Sphinx."""
     from docutils import nodes
     from docutils.parsers.rst import directives
     from docutils.statemachine import StringList
-    from sphinx.util.docutils import SphinxDirective
+    from sphinx.util.docutils import SphinxDirective, SphinxRole
 
     class Results(SphinxDirective):
         required_arguments = 2
@@ -153,7 +194,17 @@ def setup(app: Sphinx) -> dict[str, bool]:
             self.state.nested_parse(StringList(text.splitlines(), file), 0, holder)
             return list(holder.children)
 
+    class Figure(SphinxRole):
+        def run(self) -> tuple[list[Node], list[nodes.system_message]]:
+            self.env.note_dependency(str(RESULTS / self.text.split()[0]))
+            try:
+                return [nodes.Text(figure(self.text))], []
+            except ValueError as error:
+                message = self.inliner.reporter.error(str(error), line=self.lineno)
+                return [self.inliner.problematic(self.rawtext, self.rawtext, message)], [message]
+
     app.add_directive("results", Results)
+    app.add_role("figure", Figure())
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 

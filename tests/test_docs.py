@@ -241,6 +241,39 @@ def test_results_that_are_missing_are_said_to_be(tables):
 
 
 @pytest.mark.usefixtures("measured")
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("gpu", "a GPU"),
+        ("settings.samples_per_task", "1,000"),
+        ("figures.full.needle", "0.988"),
+        ("figures.full.needle : .1%", "98.8 %"),
+        ("figures.full.gone|needle : .2f", "0.99"),
+        ("1 - figures.full.needle\n/ figures.steps : .0%", "80 %"),
+        ("figures.steps / figures.full.code / 2 - 0.5 : .1f", "2.0"),
+    ],
+)
+def test_results_become_a_figure(tables, text, shown):
+    assert tables.figure(f"one.json {text}") == shown
+
+
+@pytest.mark.usefixtures("measured")
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("none.json gpu", "no benchmarks/results/none.json"),
+        ("one.json figures.full.prose", "no 'prose' among needle, code"),
+        ("one.json figures.full.code|refused / gone", "no 'gone' among gpu"),
+        ("one.json gpu / figures.steps", "one.json: gpu / figures.steps: unsupported operand"),
+        ("one.json figures.full.refused : .1f", "unsupported format"),
+    ],
+)
+def test_a_figure_that_the_results_lack_is_an_error(tables, text, message):
+    with pytest.raises(ValueError, match=message):
+        tables.figure(text)
+
+
+@pytest.mark.usefixtures("measured")
 def test_tables_of_a_page_are_written_into_another(tables):
     page = "```{results} one.json first\n:rows: needle\n\nFull = figures.full.{row}\n```\n"
     before = "a\n<!-- table:first -->\nold\n<!-- /table:first -->\nb\n"
