@@ -55,7 +55,7 @@ nitpick_ignore_regex = [
         r"(abc|collections\.abc|contextvars|dataclasses|enum|pathlib|random|threading|typing)(\..*)?",
     ),
     ("py:class", r"Tensor|NDArray|Path|PreTrainedTokenizerBase|Tokens|Tokenizer"),
-    ("py:class", r"TrainingArguments|\w+Config"),
+    ("py:class", r"TrainingArguments|GenerateDecoderOnlyOutput|\w+Config"),
     ("py:class", r"[^A-Z.]*"),
     ("py:class", r".*\.(Base|Model|Item|Prepared|Made)|LayerState"),
     ("py:.*", r"(.*\.)?_\w+"),
