@@ -24,6 +24,40 @@ DOCS = ROOT / "docs"
 FENCE = re.compile(r"^```(\S[^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FLAGS = doctest.NORMALIZE_WHITESPACE
 
+# What a figure in a sentence looks like, and what is no sentence.
+UNIT = (
+    r"(?:%|×|(?:[mµ]?s|seconds?|milliseconds?|microseconds?|minutes?|hours?|percent|x|times|points?"
+    r"|[GM]i?B|[GT]B/s|TFLOP/s|tokens/s|tokens (?:a|per) second)\b)"
+)
+FIGURE = re.compile(rf"(?<![\w.,/])\d[\d.,]*\s*{UNIT}(?!\s*\d)")
+NO_PROSE = re.compile(
+    r"^(`{3,}|~{3,}).*?^\1$"  # fenced code and directives
+    r"|^(?:#|\|)[^\n]*$"  # headings and rows of tables
+    r"|<!--.*?-->|!\[[^\]]*\]\([^)]*\)|\]\([^)]*\)"  # comments, images, the targets of links
+    r"|`(?:[^`\n]|\n(?!\n))+`",  # code in a line, and roles
+    re.MULTILINE | re.DOTALL,
+)
+
+# Figures in sentences that are no measurements of ours, and what they are.
+STAY = {
+    ("docs/auto.md", "2 %"): "a setting of benchmarks/costs.py",
+    ("docs/benchmarks.md", "150 ms"): "a setting of elasticore bench",
+    ("docs/benchmarks.md", "0.6 s"): "a setting of elasticore bench",
+    ("docs/benchmarks.md", "13.5 times"): "a figure of XAttention's authors",
+    ("docs/cli.md", "93 MB"): "the size of a download",
+    ("docs/cli.md", "10 MB"): "the size of downloads",
+    ("docs/limits.md", "512 MB"): "a limit that the code sets",
+    ("docs/training.md", "30 seconds"): "a setting of torchrun",
+    ("docs/training.md", "16.1 GB"): "parameters times their bytes",
+    ("docs/training.md", "0.44 GB"): "parameters times their bytes",
+    ("docs/training.md", "0.14 GB"): "parameters times their bytes",
+    ("docs/training.md", "0.37 GB"): "tokens times their bytes",
+    ("docs/training.md", "20 GB"): "logits times their bytes",
+    ("docs/training.md", "17 GB"): "tokens times their bytes",
+    ("docs/training.md", "1 GiB"): "a limit that the code sets",
+    ("docs/training.md", "12 hours"): "a figure of the paper",
+}
+
 pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="the documentation is not here")
 
 
@@ -280,6 +314,51 @@ def test_tables_of_a_page_are_written_into_another(tables):
     after = tables.fill(before, dict(tables.tables_of(page)))
     table = "|  | Full |\n| --- | --: |\n| `needle` | 0.988 |"
     assert after == f"a\n<!-- table:first -->\n\n{table}\n\n<!-- /table:first -->\nb\n"
+
+
+def figures(text: str) -> list[tuple[int, str]]:
+    """Line and text of every figure with a unit that stands in a sentence of a page."""
+    prose = NO_PROSE.sub(lambda found: "`" + "\n" * found[0].count("\n") + "`", text)
+    return [
+        (prose.count("\n", 0, found.start()) + 1, " ".join(found[0].split()))
+        for found in FIGURE.finditer(prose)
+    ]
+
+
+def test_figures_are_found_in_sentences_only():
+    page = """# 1 % of a heading
+
+It takes 1.5 ms, 20
+% or 1,024 tokens/s, a window of 512 tokens, {figure}`one.json a : .0f` ms and `3 ms`.
+
+| 4 % | 5 times |
+
+```text
+6 GiB
+```
+
+![7 %](8%.png) [9 × as fast](10%.md) and 2 × 4 <!-- 11 s --> in 12 µs, 13-14 points.
+"""
+    assert figures(page) == [
+        (3, "1.5 ms"),
+        (3, "20 %"),
+        (4, "1,024 tokens/s"),
+        (12, "9 ×"),
+        (12, "12 µs"),
+        (12, "14 points"),
+    ]
+
+
+def test_measured_figures_come_from_the_results():
+    pages = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted((DOCS / "api").glob("*.md"))]
+    found = {
+        (page.relative_to(ROOT).as_posix(), figure): line
+        for page in pages
+        for line, figure in figures(page.read_text(encoding="utf-8"))
+    }
+    stray = [f"{page}:{line}: {f}" for (page, f), line in found.items() if (page, f) not in STAY]
+    assert not stray, f"use {{figure}}`file.json path`, or say it without a figure: {stray}"
+    assert not STAY.keys() - found.keys(), "these are in no sentence any more"
 
 
 @pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="the results are not here")
