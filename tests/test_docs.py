@@ -362,6 +362,14 @@ def test_measured_figures_come_from_the_results():
 
 
 @pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="the results are not here")
+def test_the_figures_of_the_pages_are_in_the_results(tables):
+    texts = [page.read_text(encoding="utf-8") for page in sorted(DOCS.glob("*.md"))]
+    roles = [role for text in texts for role in re.findall(r"{figure}`([^`]+)`", text)]
+    assert roles
+    assert all(tables.figure(role) for role in roles)
+
+
+@pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="the results are not here")
 def test_the_tables_of_the_readme_are_the_results(tables):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     names = ("real-model.md", "decoding.md", "tiny.md", "benchmarks.md", "training.md")
