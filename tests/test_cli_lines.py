@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from elasticore.cli import app, console
 from elasticore.cli.console import place, plain_errors, steps
 from elasticore.demo import Answer
-from elasticore.train.processes import Launched, launched
+from elasticore.processes import Launched, launched
 
 runner = CliRunner()
 

@@ -21,7 +21,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("plan",),
     ("patterns", "pages"),
     ("layout",),
-    ("errors", "checks", "machine", "memo", "places", "registry", "assets"),
+    ("errors", "checks", "machine", "memo", "places", "processes", "registry", "assets"),
 )
 """Modules and packages of elasticore, the top first: each imports from its own room and below.
 

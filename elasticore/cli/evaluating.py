@@ -80,6 +80,11 @@ def evaluate(
     [bold]elasticore eval --model Qwen/Qwen3-4B --method streaming --method xattention:threshold=0.9
     --method pattern:path=masks.tsv,sparsity=0.7[/]
 
+    The samples shared by two processes, each with a GPU of its own:
+
+    [bold]torchrun --nproc-per-node 2 -m elasticore eval --model Qwen/Qwen3-4B --tasks
+    longbench-e[/]
+
     One task; a name of one's own for a method:
 
     [bold]elasticore eval --model tiny --tasks ruler-like:vt --method mine=router:path=runs/mine[/]
@@ -96,7 +101,9 @@ def evaluate(
         from elasticore.eval.evaluate import evaluate as run_evaluation
         from elasticore.eval.methods import ROUTER, Method
         from elasticore.eval.report import read_report
+        from elasticore.processes import launched
 
+        first = launched().rank == 0  # one of several processes speaks for all
         if model is None:
             raise ValueError("model is missing: pass --model with a directory or hub id.")
         chosen: list[str | Method] = list(method or [])
@@ -123,8 +130,12 @@ def evaluate(
             evaluation,
             output,
             check_base=check_base,
-            progress=lambda name, batches: steps(batches, f"answering, {name}"),
+            progress=lambda name, batches: (
+                steps(batches, f"answering, {name}") if first else batches
+            ),
         )
+        if not first:
+            return
         _show_report(read_report([output]), None, as_json)
     err.print(f"[dim]Answers, scores and settings: {escape(str(output))}[/]")
 

@@ -54,7 +54,7 @@ def train(
     with plain_errors("train"):
         from transformers.utils.logging import disable_progress_bar
 
-        from elasticore.train.processes import launched
+        from elasticore.processes import launched
         from elasticore.train.recipe import Recipe
         from elasticore.train.run import train as run_recipe
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from math import isnan
 from pathlib import Path
@@ -14,11 +15,12 @@ import torch
 from elasticore.choice import use_backend
 from elasticore.errors import UnsupportedRequest
 from elasticore.eval.costs import costs, in_groups
-from elasticore.eval.identity import SETTINGS, check_same, content_of, settings_of
+from elasticore.eval.identity import SETTINGS, check_same, content_of, leaves, settings_of
 from elasticore.eval.journal import Entry, Journal
 from elasticore.eval.methods import Method
 from elasticore.eval.suites import load_suites
 from elasticore.places import held, write_text
+from elasticore.processes import from_first, joined, launched
 
 __all__ = ["Evaluation", "evaluate"]
 
@@ -86,6 +88,8 @@ def evaluate(
 ) -> Path:
     """Run an evaluation, or what is left of it; return its folder.
 
+    Processes that ``torchrun`` or ``accelerate launch`` has started share its samples.
+
     The folder holds ``evaluation.json``, ``environment.json`` and, per method, ``answers.jsonl``
     (written as they come), ``samples.jsonl`` (the answers with scores and references) and
     ``metrics.json``.
@@ -122,24 +126,46 @@ def evaluate(
         raise ValueError(f"methods have the names {names}; call each by one of its own: NAME=KIND.")
     own = settings_of(evaluation, methods)
     check_same(output, own)  # what can be said at once
-    with held(output), use_backend(evaluation.backend):
+    with ExitStack() as stack:
+        here = stack.enter_context(joined())
+        from_first(lambda: stack.enter_context(held(output)))
+        stack.enter_context(use_backend(evaluation.backend))
         model, tokenizer = _load(evaluation)
         tasks = load_suites(evaluation, tokenizer, model.config.max_position_embeddings)
+        _check_shares(tasks, evaluation.samples, here.size)
         own |= content_of(model, tokenizer, tasks, evaluation.samples)
         settings = check_same(output, own)
         for method in methods:
             with method.on(model, check_base=check_base):
                 pass  # what is wrong with the last one should not show after hours
         # From here on the folder is this evaluation's.
-        write_text(output / SETTINGS, json.dumps(settings, indent=1) + "\n")
         about = environment(model.device)
-        write_text(output / "environment.json", json.dumps(about, indent=1) + "\n")
+        from_first(lambda: _begin(output, settings, about, names))
         for method in methods:
             folder = output / method.name
-            folder.mkdir(exist_ok=True)
             with method.on(model, check_base=check_base):
                 _run(evaluation, method, model, tokenizer, tasks, folder, progress)
     return output
+
+
+def _begin(
+    output: Path, settings: dict[str, Any], about: dict[str, Any], names: Sequence[str]
+) -> None:
+    write_text(output / SETTINGS, json.dumps(settings, indent=1) + "\n")
+    write_text(output / "environment.json", json.dumps(about, indent=1) + "\n")
+    for name in names:
+        (output / name).mkdir(exist_ok=True)
+
+
+def _check_shares(tasks: Sequence[Any], samples: int | None, processes: int) -> None:
+    """Every process must have a sample of every task."""
+    for task in leaves(tasks):
+        there = len(task.rows[:samples])
+        if there < processes:
+            raise ValueError(
+                f"task {task.config.task} has {there} samples for {processes} processes; start no "
+                "more processes than the smallest task has samples."
+            )
 
 
 def _run(
@@ -157,7 +183,11 @@ def _run(
 
     from elasticore.eval.language_model import ElasticLM
 
-    journal = Journal(folder / ANSWERS)
+    here = launched()
+    # A file for each process; the first one's is all there is with one.
+    path = folder / (f"answers-{here.rank}.jsonl" if here.rank else ANSWERS)
+    there = from_first(lambda: sorted(folder.glob("answers*.jsonl")))
+    journal = Journal(path, [file for file in there if file.name != path.name])
     lm = ElasticLM(
         model,
         tokenizer,
@@ -174,7 +204,11 @@ def _run(
         apply_chat_template=evaluation.chat,
         bootstrap_iters=0,
     )
-    rows = list(_joined(found["samples"], lm.answered))
+    every = lm.gather_object(lm.answered)
+    if here.rank:
+        return
+    answered = {name: entry for one in every for name, entry in one.items()}
+    rows = list(_joined(found["samples"], answered))
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_text(folder / SAMPLES, text)
     metrics = {
@@ -205,7 +239,7 @@ def _joined(
 ) -> Iterable[dict[str, Any]]:
     """Every sample with its scores, its answer and what that cost."""
     for task, rows in samples.items():
-        for row in rows:
+        for row in sorted(rows, key=lambda row: row["doc_id"]):  # not by process
             entry = entries[task, row["doc_id"]]
             scores = {name: row[name] for name in row["metrics"] if row[name] is not None}
             yield {

@@ -18,7 +18,7 @@ from elasticore.models.fingerprint import fingerprint, weights_hash
 if TYPE_CHECKING:
     from elasticore.eval.evaluate import Evaluation
 
-__all__ = ["SETTINGS", "check_same", "content_of", "settings_of"]
+__all__ = ["SETTINGS", "check_same", "content_of", "leaves", "settings_of"]
 
 SETTINGS = "evaluation.json"
 FREE = ("methods", "batch_size")
@@ -45,7 +45,7 @@ def content_of(model: Any, tokenizer: Any, tasks: Iterable[Any], samples: int | 
         How many of each task's count; None for all.
     """
     data = hashlib.sha256()
-    for task in _leaves(tasks):
+    for task in leaves(tasks):
         for row in (task.config.task, *task.rows[:samples]):
             data.update(json.dumps(row, sort_keys=True).encode() + b"\n")
     return {
@@ -91,10 +91,10 @@ def check_same(output: Path, own: Mapping[str, Any]) -> dict[str, Any]:
     return {**own, "methods": known | own["methods"]}
 
 
-def _leaves(tasks: Iterable[Any]) -> Iterator[Any]:
-    """The tasks, without the groups that they are in."""
+def leaves(tasks: Iterable[Any]) -> Iterator[Any]:
+    """The harness's tasks, without the groups that they are in."""
     for task in tasks:
         if hasattr(task, "child_names"):
-            yield from _leaves(task)
+            yield from leaves(task)
         else:
             yield task

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,8 @@ class Journal:
     ----------
     path
         The file; it is created with the first answer.
+    others
+        Files of other processes, read alone.
 
     Raises
     ------
@@ -65,11 +68,13 @@ class Journal:
         If a line before the last is none of ours; the message names it.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, others: Iterable[Path] = ()) -> None:
         self.path = Path(path)
         self._entries: dict[str, Entry] = {}
+        for other in others:
+            self._read(other)
         if self.path.is_file():
-            self._read()
+            self._read(self.path, mend=True)
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
@@ -97,8 +102,8 @@ class Journal:
         append(self.path, line)
         self._entries[entry.key] = entry
 
-    def _read(self) -> None:
-        whole = self.path.read_bytes()
+    def _read(self, path: Path, *, mend: bool = False) -> None:
+        whole = path.read_bytes()
         lines = whole.splitlines(keepends=True)
         for number, line in enumerate(lines, 1):
             try:
@@ -112,11 +117,11 @@ class Journal:
             except (ValueError, TypeError, KeyError) as error:
                 if number < len(lines):
                     raise ValueError(
-                        f"{self.path} line {number} is no answer of this version; move the file "
+                        f"{path} line {number} is no answer of this version; move the file "
                         "away to ask everything again."
                     ) from error
-                # The run was stopped while it wrote this one.
-                with self.path.open("r+b") as file:
-                    file.truncate(len(whole) - len(line))
+                if mend:  # the run was stopped while it wrote this one
+                    with path.open("r+b") as file:
+                        file.truncate(len(whole) - len(line))
                 break
             self._entries[entry.key] = entry

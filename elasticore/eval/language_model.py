@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
@@ -19,6 +20,7 @@ from elasticore.eval.benchmarks.task import Rendered
 from elasticore.eval.journal import Entry, Journal, key
 from elasticore.eval.measuring import Measures, measured
 from elasticore.models.generating import greedy
+from elasticore.processes import launched
 
 __all__ = ["ElasticLM"]
 
@@ -81,6 +83,8 @@ class ElasticLM(HFLM):
             chat_template_args={"enable_thinking": thinking},
             **settings,
         )
+        here = launched()
+        self._rank, self._world_size = here.rank, here.size
         self.journal = journal
         self.progress = progress
         self.answered: dict[tuple[str, int], Entry] = {}
@@ -89,6 +93,9 @@ class ElasticLM(HFLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answers in the order of ``requests``."""
+        # The harness gives some twice, so that all processes have equally many.
+        asked = requests
+        requests = list({key(request): request for request in asked}.values())
         tokens = {key(request): self._tokens(request) for request in requests}
         sizes = {name: len(own) for name, own in tokens.items()}
         self._check_lengths(requests, sizes)
@@ -114,7 +121,7 @@ class ElasticLM(HFLM):
             for request, answer, place in zip(batch, answers, places, strict=True):
                 if key(request) not in self.journal:
                     self.journal.add(request, answer, self._measures[place])
-        entries = [self.journal[key(request)] for request in requests]
+        entries = [self.journal[key(request)] for request in asked]
         self.answered |= {(one.task, one.document): one for one in entries}
         return [one.answer for one in entries]
 
@@ -192,6 +199,17 @@ class ElasticLM(HFLM):
         )
 
     loglikelihood_rolling = loglikelihood
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """The tensors of all processes, one after the other, in each of them."""
+        if self.world_size == 1:
+            return tensor
+        every: list[Any] = [None] * self.world_size
+        dist.all_gather_object(every, tensor.cpu())
+        return torch.stack(every)
+
+    def barrier(self) -> None:
+        """Nothing: scores are collected from all processes anyway, which waits for them."""
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

@@ -11,10 +11,10 @@ import torch
 from elasticore.assets import backbone_path
 from elasticore.models.families import attention_layers, family_of, is_local
 from elasticore.models.loading import load_tokenizer
+from elasticore.processes import launched
 from elasticore.router.policies import LayerShape
 from elasticore.train.content import check_samples
 from elasticore.train.data import PackedSamples
-from elasticore.train.processes import launched
 from elasticore.train.recipe import Parts, Recipe, dataset_of, parts_of
 from elasticore.train.sharding import check_sharding, shardable
 from elasticore.train.slices import check_slices

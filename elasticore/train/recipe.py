@@ -14,12 +14,12 @@ from elasticore.checks import check_int, check_number, check_type
 from elasticore.choice import use_backend
 from elasticore.models.elastic import Elastic
 from elasticore.patterns import Streaming
+from elasticore.processes import launched
 from elasticore.router.policies import Router
 from elasticore.router.schedule import temperature_schedule
 from elasticore.train.data import OfflineTasks, PackedSamples
 from elasticore.train.jsonl import JsonLines
 from elasticore.train.objective import LagrangianObjective
-from elasticore.train.processes import launched
 
 if TYPE_CHECKING:
     from elasticore.train.baselines import Baseline

@@ -21,6 +21,7 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from elasticore.checks import differences
 from elasticore.models.elastic import routers
 from elasticore.places import free_bytes
+from elasticore.processes import from_first, highest, together
 from elasticore.train.checkpoints import (
     PARTIAL,
     checkpoints,
@@ -31,7 +32,6 @@ from elasticore.train.checkpoints import (
     saved_settings,
 )
 from elasticore.train.monitor import Meter, TensorBoard
-from elasticore.train.processes import from_first, highest, together
 from elasticore.train.signals import Stopped, StopSignals, shield_workers
 from elasticore.train.validation import Measured, Validation, shares
 

@@ -60,7 +60,8 @@ def train(recipe: Recipe, output: str | Path, *, resume: str | Path | None = Non
     OSError
         If the result cannot be written; the message says how much room it takes.
     """
-    from elasticore.train.processes import check_processes, from_first, launched
+    from elasticore.processes import from_first, launched
+    from elasticore.train.launching import check_processes
 
     launched()  # before the Trainer believes the environment
     output, parts = Path(output), parts_of(recipe)
@@ -75,10 +76,10 @@ def train(recipe: Recipe, output: str | Path, *, resume: str | Path | None = Non
 def _run(recipe: Recipe, parts: Parts, args: Any, output: Path, start: Path | None) -> Path:
     from transformers import PrinterCallback
 
+    from elasticore.processes import together
     from elasticore.train.calibration import pooled_keys
     from elasticore.train.checkpointing import checkpoint_layers
     from elasticore.train.monitor import HistoryFile
-    from elasticore.train.processes import together
     from elasticore.train.progress import Progress
     from elasticore.train.sharding import check_sharding, shard_backbone
     from elasticore.train.slices import check_slices

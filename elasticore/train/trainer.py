@@ -25,10 +25,10 @@ from elasticore.router.routing import model_msr
 from elasticore.train.content import check_samples
 from elasticore.train.data import Collator, Learnt, TrainingSample
 from elasticore.train.every_step import EveryStep
+from elasticore.train.launching import check_processes
 from elasticore.train.loss import Head, blocked_cross_entropy, hidden_states
 from elasticore.train.monitor import Meter, decision_entropy, entropy_figures
 from elasticore.train.objective import LagrangianObjective
-from elasticore.train.processes import check_processes
 from elasticore.train.resuming import ResumableTrainer, load_layers
 from elasticore.train.sharding import average_routers, is_sharded
 from elasticore.train.slices import SliceCollator, check_slices, form_groups, share_batches

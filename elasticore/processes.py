@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
-__all__ = ["Launched", "check_processes", "from_first", "highest", "launched", "together"]
-
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
+__all__ = ["Launched", "from_first", "highest", "joined", "launched", "together"]
 
 Made = TypeVar("Made")
 
@@ -50,29 +49,33 @@ def launched() -> Launched:
     return Launched(rank, size)
 
 
-def check_processes(args: TrainingArguments) -> None:
-    """Raise unless every process has one device, and knows of the others.
+@contextmanager
+def joined() -> Iterator[Launched]:
+    """Let the processes that a launcher has started send each other objects, in the block.
+
+    Each has a GPU of its own, where there are any. One that ends with an error is noticed by the
+    launcher, which ends the others.
 
     Raises
     ------
     ValueError
-        If the Trainer would copy the model to several GPUs of this one process, or a launcher has
-        started processes that each would train alone; the message says what to do.
+        If there are fewer GPUs than processes on this machine; or see :func:`launched`.
     """
-    size = launched().size
-    if args.world_size != size:
-        raise ValueError(
-            f"args has world_size {args.world_size}, but a launcher has started {size} "
-            "processes, which would all train alone. Without GPUs, pass use_cpu=True and set "
-            "ACCELERATE_USE_CPU=true."
-        )
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"args sees {args.n_gpu} GPUs in one process, for which the Trainer uses "
-            "nn.DataParallel; its copies of the model lose the routing. Start a process per GPU, "
-            f"with torchrun --nproc-per-node {args.n_gpu} or accelerate launch, or show this one a "
-            "single GPU with CUDA_VISIBLE_DEVICES=0."
-        )
+    here = launched()
+    if here.size == 1:
+        yield here
+        return
+    if torch.cuda.is_available():
+        local, gpus = int(os.environ.get("LOCAL_RANK", here.rank)), torch.cuda.device_count()
+        if local >= gpus:
+            raise ValueError(f"{local + 1} processes or more want a GPU each; there are {gpus}.")
+        torch.cuda.set_device(local)
+    # One may be hours behind another.
+    dist.init_process_group("gloo", timeout=timedelta(days=7))
+    try:
+        yield here
+    finally:
+        dist.destroy_process_group()
 
 
 def highest(number: int, device: torch.device) -> int:
