@@ -8,12 +8,15 @@ from docutils import nodes
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
+from sphinx.util.logging import getLogger
 from sphinx.util.nodes import make_refnode
 
 DOCS = Path(__file__).resolve().parent
 sys.path[:0] = [str(DOCS.parent), str(DOCS)]
 
 import elasticore  # noqa: E402 - the checkout that these pages belong to, installed or not
+
+logger = getLogger(__name__)
 
 project = "elasticore"
 author = "The elasticore authors"
@@ -90,6 +93,23 @@ def find_by_tail(
     return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, content, name)
 
 
+def name_as_imported(app: Sphinx, env: BuildEnvironment) -> list[str]:
+    """Make every public name known where users import it, to other projects' references too."""
+    domain: Any = env.domains["py"]
+    for name in (one for one in elasticore.__all__ if one != "__version__"):
+        value = getattr(elasticore, name)
+        home = getattr(value, "__module__", None), getattr(value, "__qualname__", name)
+        entry = domain.objects.get(".".join(map(str, home)))
+        if entry is None:  # a constant: it does not know where it is
+            ends = f".{name}"
+            entry = next((e for n, e in domain.objects.items() if n.endswith(ends)), None)
+        if entry is None:
+            logger.warning("elasticore.%s is documented nowhere", name)
+        else:
+            domain.objects[f"elasticore.{name}"] = entry._replace(aliased=True)
+    return []
+
+
 def tidy(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
     """Leave out what Python says of a named tuple's field; keep attributes in one entry together.
 
@@ -104,6 +124,7 @@ def tidy(app: Sphinx, what: str, name: str, obj: object, options: object, lines:
 
 
 def setup(app: Sphinx) -> None:
-    """Connect both."""
+    """Connect them."""
+    app.connect("env-updated", name_as_imported)
     app.connect("missing-reference", find_by_tail)
     app.connect("autodoc-process-docstring", tidy, priority=900)  # after napoleon
