@@ -41,10 +41,14 @@ fetch: $(SETUP)  ## Download the real model and its texts, once (103 MB)
 reproduce: $(SETUP)  ## The paper in miniature on the tiny model; minutes on a GPU
 	$(BIN)/python -m recipes.tiny.reproduce $(ARGS)
 
+# What needs no training; from the fifth layer on TriangleMix leaves out as much as the routers do.
+UNTRAINED := trianglemix-5=trianglemix:from_layer=4 trianglemix-16=trianglemix:from_layer=15 \
+	xattention-.9=xattention:threshold=0.9 xattention-.95=xattention:threshold=0.95
+
 # Resumable, as above: make study ARGS='--seeds 1 --samples 50'
 study: fetch  ## Routers of a real model beside fixed choices of heads; long, on a GPU
 	$(BIN)/python -m recipes.study.compare --config recipes/smollm2/routers.yaml \
-		--runs runs/smollm2/study $(ARGS)
+		--runs runs/smollm2/study $(UNTRAINED:%=--method %) $(ARGS)
 
 # vLLM wants other releases of PyTorch and transformers than the rest, so it has a place of its own.
 # It brings packages for images and sound that PyPI builds for another PyTorch: they break its import.
