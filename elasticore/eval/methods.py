@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from elasticore.assets import ROUTERS
 from elasticore.eval.baselines import PerQuery, attend_with, load_nsa
+from elasticore.models.card import CARD
 from elasticore.models.elastic import PRESETS, Elastic
 from elasticore.models.families import attention_layers, is_local
 from elasticore.models.files import read_files
@@ -160,7 +161,10 @@ class Method:
                 yield
 
     def digest(self) -> str | None:
-        """SHA-256 of the files at ``path``, be it here or on a hub; None without any."""
+        """SHA-256 of the files at ``path``, be it here or on a hub; None without any.
+
+        A model card counts for nothing: it may be filled in after the evaluation.
+        """
         if PATH not in self.settings:
             return None
         path = str(self.settings[PATH])
@@ -168,7 +172,7 @@ class Method:
         if self.kind == ROUTER and not place.exists() and path not in PRESETS:
             place = read_files(path)[0]
         files = sorted(place.rglob("*")) if place.is_dir() else [place]
-        found = [file.read_bytes() for file in files if file.is_file()]
+        found = [file.read_bytes() for file in files if file.is_file() and file.name != CARD]
         return sha256(b"".join(found)).hexdigest() if found else None
 
     def _modules(self, model: PreTrainedModel) -> Sequence[nn.Module]:

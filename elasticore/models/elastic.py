@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from elasticore.assets import ROUTERS
 from elasticore.errors import RouterMismatch, UnsupportedModel
 from elasticore.models.attach import attach, backbone_of, detach, state_of
+from elasticore.models.card import model_card, write_card
 from elasticore.models.files import read_files, upload_files, write_files
 from elasticore.models.fingerprint import check_base_model, fingerprint
 from elasticore.models.state import ROUTER, STATE, ModelState
@@ -168,26 +169,38 @@ class Elastic:
             restore(model)
 
     def save(
-        self, path: str | Path, *, push_to_hub: str | None = None, private: bool = True
+        self,
+        path: str | Path,
+        *,
+        push_to_hub: str | None = None,
+        private: bool = True,
+        card: bool = True,
     ) -> Path:
         """Write ``router.json`` and ``router.safetensors`` to a directory; return it.
+
+        A model card ``README.md``, with headings to be filled in, joins them if there is none.
 
         Parameters
         ----------
         path
             The directory; made if missing.
         push_to_hub
-            ``"user/name"`` of a hub repository to upload the two files to.
+            ``"user/name"`` of a hub repository to upload the two files to, and the card if it has
+            none.
         private
             Whether a repository that is created is private.
+        card
+            Whether to write a card. A ``README.md`` that is there stays as it is in any case.
 
         Raises
         ------
         ValueError
             If the policy, or a pattern, is one that no file can name.
         """
-        tensors = self.policy.tensors()
-        folder = write_files(path, self.to_dict(), tensors, self.base)
+        tensors, settings = self.policy.tensors(), self.to_dict()
+        folder = write_files(path, settings, tensors, self.base)
+        if card:
+            write_card(folder, model_card(settings, self.base, push_to_hub))
         if push_to_hub is not None:
             upload_files(folder, push_to_hub, private)
         return folder

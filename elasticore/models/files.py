@@ -12,6 +12,7 @@ from torch import Tensor
 
 from elasticore import __version__
 from elasticore.errors import RouterNotFound
+from elasticore.models.card import CARD, is_card
 from elasticore.models.fingerprint import HUB_ID
 
 __all__ = ["read_files", "upload_files", "write_files"]
@@ -91,13 +92,18 @@ def read_files(
 
 
 def upload_files(path: Path, repository: str, private: bool) -> None:
-    """Upload the two files to the hub, to a repository that is made if missing."""
+    """Upload the two files to the hub, to a repository that is made if missing.
+
+    The card is uploaded where the repository has none, and nothing else in the directory ever is.
+    """
     from huggingface_hub import HfApi
 
     api = HfApi()
     api.create_repo(repository, private=private, exist_ok=True)
     for name in (WEIGHTS, SETTINGS):
         api.upload_file(path_or_fileobj=path / name, path_in_repo=name, repo_id=repository)
+    if is_card(path / CARD) and not api.file_exists(repository, CARD):
+        api.upload_file(path_or_fileobj=path / CARD, path_in_repo=CARD, repo_id=repository)
 
 
 def _folder(path: str | Path, revision: str | None) -> Path:

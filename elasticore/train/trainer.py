@@ -323,7 +323,8 @@ class RouterTrainer(ResumableTrainer):
 
     def save_policies(self, folder: Path) -> None:
         """Write what was trained into a checkpoint."""
-        way_of(self._elastic()).save(folder)
+        # Without a card, which somebody might fill in: a checkpoint's files must stay as they are.
+        way_of(self._elastic()).save(folder, card=False)
 
     def load_policies(self, folder: Path) -> None:
         """Copy what a checkpoint holds into the model's routers, which the optimizer has."""

@@ -29,7 +29,7 @@ from elasticore import (
 
 from .tiny import FAMILIES, HALF, SETTINGS, elastic, routings, small, spread, tiny, tokens
 
-WEIGHTS, JSON = "router.safetensors", "router.json"
+WEIGHTS, JSON, CARD = "router.safetensors", "router.json", "README.md"
 PROMPT = tokens(2, 60)
 
 
@@ -57,7 +57,7 @@ def test_round_trip_is_bit_identical(family: str, tmp_path: Path) -> None:
     model = trained(family, way)
     expected = logits_of(model)
     path = saved(model, tmp_path / "deep" / "router")
-    assert sorted(file.name for file in path.iterdir()) == [JSON, WEIGHTS]
+    assert sorted(file.name for file in path.iterdir()) == [CARD, JSON, WEIGHTS]
     loaded = elasticore.elasticize(tiny(family), path)
     assert torch.equal(logits_of(loaded), expected)
     again = elasticore.elasticize(tiny(family), Elastic.load(str(path)))
@@ -72,7 +72,7 @@ def test_saving_again_replaces_the_files(folder: Path) -> None:
     other = spread(elasticore.elasticize(tiny(), SETTINGS), seed=5)
     saved(other, folder)
     assert torch.equal(logits_of(elasticore.elasticize(tiny(), folder)), logits_of(other))
-    assert sorted(file.name for file in folder.iterdir()) == [JSON, WEIGHTS]
+    assert sorted(file.name for file in folder.iterdir()) == [CARD, JSON, WEIGHTS]
 
 
 @pytest.mark.parametrize(
@@ -410,8 +410,9 @@ def test_a_hub_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) ->
         elasticore.elasticize(tiny(), "a/b")
 
 
-def test_pushing_uploads_the_two_files_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("there", [False, True])
+def test_pushing_uploads_the_two_files_and_a_card_where_there_is_none(
+    there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[Any, ...]] = []
 
@@ -422,14 +423,21 @@ def test_pushing_uploads_the_two_files_only(
         def upload_file(self, *, path_or_fileobj: Path, path_in_repo: str, repo_id: str) -> None:
             calls.append(("upload", Path(path_or_fileobj).name, path_in_repo, repo_id))
 
+        def file_exists(self, repo_id: str, filename: str) -> bool:
+            assert (repo_id, filename) == ("me/router", CARD)
+            return there
+
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     (tmp_path / "secret.txt").write_text("mine")
     elasticore.way_of(trained()).save(tmp_path, push_to_hub="me/router")
-    assert calls == [
-        ("create", "me/router", True, True),
-        ("upload", WEIGHTS, WEIGHTS, "me/router"),
-        ("upload", JSON, JSON, "me/router"),
-    ]
+    files = [WEIGHTS, JSON, *([] if there else [CARD])]
+    uploads = [("upload", name, name, "me/router") for name in files]
+    assert calls == [("create", "me/router", True, True), *uploads]
+    assert 'elasticore.elasticize(model, "me/router")' in (tmp_path / CARD).read_text()
+    calls.clear()
+    (tmp_path / CARD).write_text("# Notes of mine\n\n---\n\n---\n")  # no card: not for the hub
+    elasticore.way_of(trained()).save(tmp_path, push_to_hub="me/router")
+    assert [call[1] for call in calls] == ["me/router", WEIGHTS, JSON]
 
 
 def test_no_code_of_others_is_ever_trusted() -> None:
