@@ -24,6 +24,7 @@ _EXPORTS = {
     "elasticore.choice": ("current_backend", "use_backend"),
     "elasticore.errors": (
         "ElasticoreError",
+        "OutdatedPackage",
         "RouterMismatch",
         "RouterNotFound",
         "UnknownBackend",
@@ -90,6 +91,10 @@ __all__ = ["__version__", *_MODULE_OF]
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'elasticore' has no attribute {name!r}")
+    if name not in _EXPORTS["elasticore.errors"]:
+        from elasticore.requirements import check_packages
+
+        check_packages("torch")
     value = getattr(importlib.import_module(_MODULE_OF[name]), name)
     globals()[name] = value
     return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "ElasticoreError",
+    "OutdatedPackage",
     "RouterMismatch",
     "RouterNotFound",
     "UnknownBackend",
@@ -18,6 +19,10 @@ class ElasticoreError(Exception):
 
 class UnsupportedRequest(ElasticoreError, RuntimeError):
     """A correct call that a backend, or this machine, cannot do; the message says why."""
+
+
+class OutdatedPackage(ElasticoreError, RuntimeError):
+    """A package that elasticore needs is installed in a version that is too old."""
 
 
 class UnknownBackend(ElasticoreError, ValueError):

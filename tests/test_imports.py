@@ -21,7 +21,17 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("plan",),
     ("patterns", "pages"),
     ("layout",),
-    ("errors", "checks", "machine", "memo", "places", "processes", "registry", "assets"),
+    (
+        "errors",
+        "checks",
+        "machine",
+        "memo",
+        "places",
+        "processes",
+        "registry",
+        "assets",
+        "requirements",
+    ),
 )
 """Modules and packages of elasticore, the top first: each imports from its own room and below.
 

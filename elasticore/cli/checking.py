@@ -54,11 +54,17 @@ def compare_with_plain(way: Any = None) -> list[Comparison]:
         Of a prefill, of a few steps of ``generate``, and of a batch with padding on the left. What
         raises an error is unequal, and the error its reason.
     """
+    from elasticore.errors import OutdatedPackage
+    from elasticore.requirements import check_packages
+
     try:
+        check_packages("torch", "transformers", "safetensors", "numpy")
         from transformers import LlamaConfig, LlamaForCausalLM
 
         from elasticore.models.elastic import Elastic
         from elasticore.router.policies import AllRetrieval
+    except OutdatedPackage as error:
+        return [Comparison("versions", False, reason=str(error))]
     except Exception as error:  # a broken package of somebody else, as much as one that is missing
         return [
             Comparison("import of transformers", None, reason=f"{type(error).__name__}: {error}")

@@ -11,7 +11,6 @@ import functools
 import importlib.metadata
 import importlib.util
 import math
-import re
 from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Any, NamedTuple
@@ -38,6 +37,7 @@ from elasticore.errors import UnsupportedRequest
 from elasticore.layout import SequenceLayout
 from elasticore.patterns import BlockLists
 from elasticore.plan import HeadPlan
+from elasticore.requirements import is_older, oldest
 
 __all__ = ["FlashInferAttention"]
 
@@ -45,8 +45,6 @@ DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (64, 128, 256)
 NEEDED = {"flashinfer": "flashinfer-python", "tvm_ffi": "apache-tvm-ffi", "pynvml": "nvidia-ml-py"}
 """What ``import flashinfer`` asks for, by the name of the package to install."""
-OLDEST = (0, 6, 8)
-"""The FlashInfer whose plans know no limit on requests."""
 
 DECODED = 16
 """Queries up to which keys are split among programs, which only FlashAttention-2 does here."""
@@ -366,8 +364,8 @@ def _version() -> Verdict:
         found = importlib.metadata.version("flashinfer-python")
     except importlib.metadata.PackageNotFoundError:
         return Verdict(True, "of an unknown version: its package has no metadata.")
-    if tuple(int(part) for part in re.findall(r"\d+", found)[:3]) < OLDEST:
-        wanted = ".".join(map(str, OLDEST))
+    if is_older("flashinfer-python", found):
+        wanted = oldest("flashinfer-python")
         return Verdict(False, f"flashinfer {found} is older than {wanted}; upgrade it.")
     return Verdict(True)
 

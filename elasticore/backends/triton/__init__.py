@@ -26,14 +26,13 @@ from elasticore.layout import SequenceLayout
 from elasticore.pages import Pages
 from elasticore.patterns import HeadMode
 from elasticore.plan import HeadPlan
+from elasticore.requirements import is_older, oldest
 
 __all__ = ["TritonAttention"]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS = range(32, 257, 16)
 TRAINED_HEAD_DIMS = range(32, 129, 16)
-OLDEST = (3, 6)
-"""The Triton that the kernels need at least."""
 
 
 class TritonAttention(HybridHeadAttention):
@@ -173,10 +172,9 @@ def _engine() -> Verdict:
     """Whether the installed Triton and GPU will do; asked once, as the answer does not change."""
     import triton
 
-    found = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if found < OLDEST:
-        wanted = ".".join(map(str, OLDEST))
-        return Verdict(False, f"triton {triton.__version__} is older than {wanted}; upgrade it.")
+    found = triton.__version__
+    if is_older("triton", found):
+        return Verdict(False, f"triton {found} is older than {oldest('triton')}; upgrade it.")
     if _interpreted():
         return Verdict(True, "in Triton's interpreter (TRITON_INTERPRET=1): slow, for tests.")
     if not torch.cuda.is_available():
