@@ -15,7 +15,7 @@ PYTEST := $(BIN)/python -m pytest -v --durations=10
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo fetch reproduce study serve-demo test test-gpu test-matrix test-latest \
-	test-vllm lint format docs bench clean
+	test-vllm lint format docs bench release-check clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -113,6 +113,15 @@ test-latest:  ## Test with the newest of everything, before a release
 	.venv-latest/bin/python -m pip list | grep -iE '^(torch|transformers|triton|lm.eval|accelerate|datasets|peft) '
 	.venv-latest/bin/elasticore doctor
 	.venv-latest/bin/python -m pytest -v --numprocesses $(WORKERS) -o filterwarnings="$$STRICT" $(ARGS)
+
+.venv-release/.stamp: Makefile
+	$(PYTHON) -m venv .venv-release
+	.venv-release/bin/python -m pip install --quiet build pyyaml rich tomli twine
+	@touch $@
+
+# ARGS='--install 3.10 3.12' also installs into these: each fetches PyTorch.
+release-check: .venv-release/.stamp  ## Check what a release would give to users; asks the package index
+	.venv-release/bin/python tools/release_check.py $(ARGS)
 
 lint: $(SETUP)  ## Check style, formatting and types
 	$(BIN)/ruff check
