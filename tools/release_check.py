@@ -1,7 +1,7 @@
 """What has to hold before a release: `make release-check`, which prints a table.
 
-It builds, installs and runs what a user would get, in folders of its own, and asks the package index
-whether everything can be had. The exit code is 1 if a check fails.
+It builds, installs and runs what a user would get, in folders of its own, and asks the package
+index whether everything can be had. The exit code is 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Failure(Exception):
 
 
 def run(*command: str | Path, cwd: Path = ROOT, limit: int = 1800) -> str:
-    """What a command prints, free of this checkout's modules; raises :class:`Failure` if it fails."""
+    """What a command prints, without modules of this checkout; raises :class:`Failure`."""
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     try:
         done = subprocess.run(
@@ -159,21 +159,20 @@ def readme(wheel: Path) -> str:
     relative = [link for link in links if not re.match(r"https?://|#", link)]
     need(links and not relative, f"relative: {', '.join(relative[:5]) or 'there are no links'}")
     home = re.search(r"^Project-URL: Homepage, (.*)$", text, re.MULTILINE)
-    ours = [link for link in links if home and link.startswith(home[1].rstrip("/") + "/")]
+    need(home, "no Homepage")
+    assert home is not None
     # .../blob/v1.0/docs/page.md#part: what follows the version is a file of this repository.
-    lost = [
-        link
-        for link in ours
-        if not (ROOT / link.split("#")[0].split("/v", 1)[1].split("/", 1)[1]).exists()
-    ]
-    need(not lost, f"no such file: {', '.join(lost[:5])}")
-    return f"{len(links)} links, {len(ours)} of them to files of ours"
+    ours = re.compile(rf"{re.escape(home[1].rstrip('/'))}/(?:blob|raw)/v[^/]+/([^#]+)")
+    files = [found[1] for link in links if (found := ours.match(link))]
+    lost = [file for file in files if not (ROOT / file).exists()]
+    need(files and not lost, f"no such file: {', '.join(lost[:5])}")
+    return f"{len(links)} links, {len(files)} of them to files of ours"
 
 
 def same_wheel(sdist: Path, wheel: Path, scratch: Path) -> str:
     """What the sdist builds is what is published."""
     with tarfile.open(sdist) as archive:
-        archive.extractall(scratch)
+        archive.extractall(scratch, filter="data")
     (folder,) = scratch.iterdir()
     run(sys.executable, "-m", "build", "--wheel", "--outdir", scratch / "built", folder)
     (other,) = (scratch / "built").glob("*.whl")
@@ -185,7 +184,7 @@ def same_wheel(sdist: Path, wheel: Path, scratch: Path) -> str:
 
 
 def find_python(version: str) -> str | None:
-    """An interpreter of a version: this one, one on the path, or one of pyenv's; None without any."""
+    """An interpreter of a version: this one, one on the path, or one of pyenv's; or None."""
     found = [sys.executable, shutil.which(f"python{version}")]
     found += map(str, Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))
     told = "import sys; print('%d.%d' % sys.version_info[:2])"
@@ -223,7 +222,7 @@ def main() -> int:
         "--install",
         nargs="*",
         metavar="VERSION",
-        default=["%d.%d" % sys.version_info[:2]],
+        default=[".".join(map(str, sys.version_info[:2]))],
         help="Pythons into which it is installed; by default the one that runs this",
     )
     parser.add_argument(
@@ -276,7 +275,7 @@ def main() -> int:
             if (
                 check(
                     f"Python {version}: a venv",
-                    lambda f, p: run(f, "-m", "venv", p) or found,
+                    lambda python, place: run(python, "-m", "venv", place),
                     found,
                     python.parents[1],
                 )
