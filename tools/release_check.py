@@ -197,6 +197,13 @@ def find_python(version: str) -> str | None:
     return None
 
 
+def make_venv(python: str, place: Path) -> str:
+    """A clean environment, whose pip reads what packages need without fetching them."""
+    run(python, "-m", "venv", place)
+    run(place / "bin" / "python", "-m", "pip", "install", "--quiet", "--upgrade", "pip")
+    return ""
+
+
 def resolves(python: Path, wheel: Path, extra: str) -> str:
     """Everything that an installation needs can be had."""
     wanted = f"elasticore{extra} @ {wheel.as_uri()}"
@@ -272,15 +279,7 @@ def main() -> int:
                 rows.append(Row(f"Python {version}", SKIPPED, "not found"))
                 continue
             python = scratch / f"venv-{version}" / "bin" / "python"
-            if (
-                check(
-                    f"Python {version}: a venv",
-                    lambda python, place: run(python, "-m", "venv", place),
-                    found,
-                    python.parents[1],
-                )
-                is None
-            ):
+            if check(f"Python {version}: a venv", make_venv, found, python.parents[1]) is None:
                 continue
             if version in asked.install:
                 check(f"Python {version}: installs and runs", installs, python, wheel, scratch)
