@@ -25,7 +25,7 @@ _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 
 def generate(model: Any, *args: Any, streamer: Any = None, **kwargs: Any) -> Any:
-    """As ``model.generate(...)``, in less time on a GPU: it never waits for the host.
+    """As ``model.generate(...)``, with a host that is one step ahead of the device.
 
     It writes the same tokens, of any decoder, elastic or not. A streamer gets each token one step
     later. A cache that outlives the call also holds the token at which the last row ended.
