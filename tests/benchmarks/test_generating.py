@@ -31,8 +31,13 @@ def test_every_way_generates_and_says_how_far_it_is_from_what_runs_uncompiled(tm
     (case,) = json.loads(output.read_text())["cases"].values()
     assert list(case) == [
         "sdpa dynamic",
-        *(f"elastic {share} static" for share in ("0.75", "0", "0.5", "0.9")),
+        *(
+            f"elastic {s} static{ahead}"
+            for ahead in (" ahead", "")
+            for s in ("0.75", "0", "0.5", "0.9")
+        ),
         "sdpa static",
+        "sdpa static ahead",
     ]
     for name, way in case.items():
         assert way["tokens"] == 3 and way["ms"] > 0
