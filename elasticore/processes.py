@@ -11,13 +11,13 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
-__all__ = ["Launched", "from_first", "highest", "joined", "launched", "together"]
+__all__ = ["Launched", "current", "from_first", "highest", "joined", "launched", "together"]
 
 Made = TypeVar("Made")
 
 
 class Launched(NamedTuple):
-    """What a launcher says to a process that it has started."""
+    """A process among those that a launcher has started: its number, and how many there are."""
 
     rank: int
     size: int
@@ -54,17 +54,18 @@ def joined() -> Iterator[Launched]:
     """Let the processes that a launcher has started send each other objects, in the block.
 
     Each has a GPU of its own, where there are any. One that ends with an error is noticed by the
-    launcher, which ends the others.
+    launcher, which ends the others. Where they can already, as in a training, nothing is done.
 
     Raises
     ------
     ValueError
         If there are fewer GPUs than processes on this machine; or see :func:`launched`.
     """
-    here = launched()
-    if here.size == 1:
+    here = current()
+    if here.size > 1 or launched().size == 1:
         yield here
         return
+    here = launched()
     if torch.cuda.is_available():
         local, gpus = int(os.environ.get("LOCAL_RANK", here.rank)), torch.cuda.device_count()
         if local >= gpus:
@@ -123,5 +124,12 @@ def together(action: Callable[[], None], device: torch.device) -> None:
         raise failure or RuntimeError("another process failed at the same; see what it says.")
 
 
+def current() -> Launched:
+    """This process among those that can send each other something just now."""
+    if dist.is_available() and dist.is_initialized():
+        return Launched(dist.get_rank(), dist.get_world_size())
+    return Launched(0, 1)
+
+
 def _several() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return current().size > 1

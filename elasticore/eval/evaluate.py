@@ -20,7 +20,7 @@ from elasticore.eval.journal import Entry, Journal
 from elasticore.eval.methods import Method
 from elasticore.eval.suites import load_suites
 from elasticore.places import held, write_text
-from elasticore.processes import from_first, joined, launched
+from elasticore.processes import current, from_first, joined
 
 __all__ = ["Evaluation", "evaluate"]
 
@@ -183,7 +183,7 @@ def _run(
 
     from elasticore.eval.language_model import ElasticLM
 
-    here = launched()
+    here = current()
     # A file for each process; the first one's is all there is with one.
     path = folder / (f"answers-{here.rank}.jsonl" if here.rank else ANSWERS)
     there = from_first(lambda: sorted(folder.glob("answers*.jsonl")))

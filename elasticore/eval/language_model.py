@@ -20,7 +20,7 @@ from elasticore.eval.benchmarks.task import Rendered
 from elasticore.eval.journal import Entry, Journal, key
 from elasticore.eval.measuring import Measures, measured
 from elasticore.models.generating import greedy
-from elasticore.processes import launched
+from elasticore.processes import current
 
 __all__ = ["ElasticLM"]
 
@@ -83,7 +83,7 @@ class ElasticLM(HFLM):
             chat_template_args={"enable_thinking": thinking},
             **settings,
         )
-        here = launched()
+        here = current()
         self._rank, self._world_size = here.rank, here.size
         self.journal = journal
         self.progress = progress

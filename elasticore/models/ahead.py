@@ -186,8 +186,10 @@ def _compiles(model: Any, config: GenerationConfig, cache: Any) -> bool:
     if not getattr(cache, "is_compileable", False):
         return False
     quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not quantizer.is_compileable:
+        return False
     places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
-    if (quantizer is not None and not quantizer.is_compileable) or places & {"cpu", "disk"}:
+    if "disk" in places or ("cpu" in places and len(places) > 1):  # parts of it are offloaded
         return False
     return model.device.type == "cuda" or config.compile_config is not None
 

@@ -19,7 +19,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 
 from elasticore.errors import ElasticoreError
 from elasticore.memo import Memo
-from elasticore.models.ends import Ends, Places
+from elasticore.models.ends import EndColumns, Ends
 from elasticore.models.layouts import PassLayout
 from elasticore.models.paged_cache import SPARE, PagedLayer
 from elasticore.plan import HeadPlan
@@ -169,8 +169,8 @@ class Memory:
             valid = torch.cat(every, 1)
         layout = PassLayout.of_valid(valid, hidden.shape[0], hidden.shape[1], hidden.device)
         width, boundary = hidden.shape[1], self.ends.boundary
-        places = Places.of(boundary, width, layout.columns, layout.row, layout.length)
-        self.append(Ends.of(places, hidden, project))
+        where = EndColumns.of(boundary, width, layout.columns, layout.row, layout.length)
+        self.append(Ends.of(where, hidden, project))
 
     def settle_rows(self) -> None:
         """Choose the rows of all that came before a choice of rows."""

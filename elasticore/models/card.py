@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from elasticore.models.fingerprint import HUB_ID
+from elasticore.places import write_text
 
 __all__ = ["CARD", "is_card", "model_card", "write_card"]
 
@@ -100,9 +100,7 @@ def write_card(folder: Path, text: str) -> None:
     """Write a card, whole, into a folder that has no ``README.md``; else leave it as it is."""
     if os.path.lexists(folder / CARD):
         return
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        Path(scratch, CARD).write_text(text, encoding="utf-8")
-        Path(scratch, CARD).replace(folder / CARD)
+    write_text(folder / CARD, text)
 
 
 def is_card(file: Path) -> bool:

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from elasticore.errors import ElasticoreError
 from elasticore.models.cache import ElasticCacheLayer, Memory, elastic_layer
-from elasticore.models.ends import Ends, Places
+from elasticore.models.ends import EndColumns, Ends
 from elasticore.models.layouts import PassLayout, packed_lengths, read_layout
 from elasticore.models.paged_cache import PagedLayer
 from elasticore.models.passes import Pass, Planned
@@ -151,8 +151,8 @@ def _with_prompt(
             def beyond(position: Tensor) -> Tensor:
                 return layout.columns(prompt[:, None] + position)
 
-            places = Places.of(boundary, queries, beyond, layout.row, rest)
-            ends = ends + Ends.of(places, hidden, project)
+            where = EndColumns.of(boundary, queries, beyond, layout.row, rest)
+            ends = ends + Ends.of(where, hidden, project)
         memory.ends = ends.rows(Tensor.detach)
     if decided is None or past:
         planned = _as_before(state, memory, layout, past + queries, queries)
@@ -210,11 +210,11 @@ def _ends(
 ) -> Ends:
     # All layers have the same prompts, but for a cut after which all there is decides.
     of = boundary, tokens.shape[1], spare, prompt is layout.length
-    if of not in layout.places:
-        layout.places[of] = Places.of(
+    if of not in layout.end_columns:
+        layout.end_columns[of] = EndColumns.of(
             boundary, tokens.shape[1], layout.columns, layout.row, prompt, spare=spare
         )
-    return Ends.of(layout.places[of], tokens, project)
+    return Ends.of(layout.end_columns[of], tokens, project)
 
 
 def _decide(

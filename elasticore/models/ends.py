@@ -10,11 +10,11 @@ from torch import Tensor
 
 from elasticore.layout import Segments
 
-__all__ = ["Ends", "Places"]
+__all__ = ["Ends", "EndColumns"]
 
 
 @dataclass(frozen=True, eq=False)
-class Places:
+class EndColumns:
     """Where the ends of a pass's sequences are: the same for all layers, so made once.
 
     Attributes
@@ -54,7 +54,7 @@ class Places:
         length: Tensor,
         *,
         spare: bool = True,
-    ) -> Places:
+    ) -> EndColumns:
         """The places in rows of ``width`` tokens.
 
         Parameters
@@ -117,12 +117,12 @@ class Ends:
     shown: tuple[Tensor, Segments] | None = None
 
     @classmethod
-    def of(cls, places: Places, tokens: Tensor, project: Callable[[Tensor], Tensor]) -> Ends:
+    def of(cls, where: EndColumns, tokens: Tensor, project: Callable[[Tensor], Tensor]) -> Ends:
         """The ends of the sequences in ``tokens``.
 
         Parameters
         ----------
-        places
+        where
             Where they are.
         tokens
             ``[B, T, ...]``: what ``project`` turns into keys, such as hidden states.
@@ -130,16 +130,16 @@ class Ends:
             From ``[rows, n, ...]`` to keys ``[rows, n, Hkv, D]``; called once, with no more tokens
             than are needed.
         """
-        row, column = places.row, places.column
-        if places.boundary is not None and column.numel() < tokens.shape[0] * tokens.shape[1]:
+        row, column = where.row, where.column
+        if where.boundary is not None and column.numel() < tokens.shape[0] * tokens.shape[1]:
             keys = project(tokens[row, column])
         else:
             keys = project(tokens)[row, column]
-        first, last = keys[:, : places.heads], keys[:, places.heads :]
-        if places.window is not None:
-            keys = keys[places.segments.row[:, None], places.window]
-        shown = keys, places.segments
-        return cls(places.boundary, first, last, places.length, places.held, shown)
+        first, last = keys[:, : where.heads], keys[:, where.heads :]
+        if where.window is not None:
+            keys = keys[where.segments.row[:, None], where.window]
+        shown = keys, where.segments
+        return cls(where.boundary, first, last, where.length, where.held, shown)
 
     def __add__(self, other: Ends) -> Ends:
         """These sequences, each followed by that of ``other``."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from elasticore.layout import SequenceLayout
+from elasticore.models.ends import EndColumns
 
 __all__ = ["PassLayout", "packed_lengths", "read_layout"]
 
@@ -37,8 +37,10 @@ class PassLayout:
         and the layout of one query at each row's last valid position; else None. What is written
         after a prompt that is padded on the right is read from there, so it is answered as if it
         stood at that position, which is what SDPA gives.
-    places
-        Where the prompts' ends are, which the first layer of each kind finds for the others.
+    end_columns
+        Where the prompts' ends are, which the first layer of each kind finds for the others; by
+        the boundary, the width of rows, whether tokens may be taken off later, and whether prompts
+        are all there is.
     """
 
     layout: SequenceLayout
@@ -49,7 +51,7 @@ class PassLayout:
     order: Tensor | None = None
     key_order: Tensor | None = None
     ends: tuple[Tensor, SequenceLayout] | None = None
-    places: dict[Any, Any] = field(default_factory=dict)
+    end_columns: dict[tuple[int | None, int, bool, bool], EndColumns] = field(default_factory=dict)
 
     @classmethod
     def dense(cls, batch: int, queries: int, device: torch.device) -> PassLayout:

@@ -98,8 +98,10 @@ class Pass:
 
     def prompt_lengths(self, layout: PassLayout) -> Tensor:
         """How many of each sequence's tokens in this pass are prompt, int64 ``[S]``."""
+        if isinstance(self.prompt, int):  # nothing is sent to the device, in any layer
+            return layout.length.clamp(max=max(self.prompt, 0))
         if self.prompt is not None:
-            prompt = torch.as_tensor(self.prompt, device=layout.length.device)
+            prompt = self.prompt.to(layout.length.device)
             return torch.minimum(prompt.clamp(min=0), layout.length)
         if self._kept <= 1:
             return layout.length

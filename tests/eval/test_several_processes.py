@@ -22,10 +22,10 @@ SETTINGS = [
 
 
 def together(count: int, *words: str) -> subprocess.CompletedProcess[str]:
-    """The command in processes that ``torchrun`` starts."""
+    """A module or script in processes that ``torchrun`` starts."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     return subprocess.run(
-        [sys.executable, *launch, "-m", "elasticore", "eval", *words],
+        [sys.executable, *launch, *words],
         capture_output=True,
         text=True,
         timeout=300,
@@ -50,7 +50,7 @@ def test_two_processes_answer_what_one_does_and_one_goes_on(tmp_path: Path) -> N
     one, two = tmp_path / "one", tmp_path / "two"
     done = CliRunner().invoke(app, ["eval", *SETTINGS, "--output", str(one)])
     assert done.exit_code == 0, done.output
-    done = together(2, *SETTINGS, "--output", str(two))
+    done = together(2, "-m", "elasticore", "eval", *SETTINGS, "--output", str(two))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("basic-512-needle") == 1  # one speaks for both
     expected, rows = found(one)
@@ -67,6 +67,31 @@ def test_two_processes_answer_what_one_does_and_one_goes_on(tmp_path: Path) -> N
     done = CliRunner().invoke(app, ["eval", *SETTINGS, "--output", str(two)])
     assert done.exit_code == 0, done.output
     assert found(two) == (expected, rows)
+
+
+FAILS = """
+import os, sys
+from elasticore.eval.language_model import ElasticLM
+from elasticore.cli import app
+
+if os.environ["RANK"] == "1":
+    def fails(self, *args, **kwargs):
+        raise OSError("the disk of the second process is gone")
+    ElasticLM._model_generate = fails
+app(["eval", *sys.argv[1:]])
+"""
+
+
+def test_a_process_that_fails_ends_the_run_and_what_is_answered_stays(tmp_path: Path) -> None:
+    script, output = tmp_path / "fails.py", tmp_path / "run"
+    script.write_text(FAILS, "utf-8")
+    done = together(2, str(script), *SETTINGS, "--output", str(output))  # else it waits for days
+    assert done.returncode != 0
+    assert "the disk of the second process is gone" in done.stderr
+    assert not (output / "elastic" / "samples.jsonl").exists()
+    done = CliRunner().invoke(app, ["eval", *SETTINGS, "--output", str(output)])
+    assert done.exit_code == 0, done.output
+    assert len(answers(output)) == len(found(output)[1]) == 10
 
 
 def test_more_processes_than_samples_are_refused(

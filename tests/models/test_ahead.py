@@ -149,6 +149,24 @@ def test_a_compiled_step_is_one_graph() -> None:
     torch.compiler.reset()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_on_a_gpu_rows_end_where_they_end_without_it(cache: str) -> None:
+    """Tokens and flags come over late there, and a compiled step is a CUDA graph."""
+    torch.compiler.reset()
+    model = elastic(tiny(), ByContent, ways()[1]).cuda()
+    rows = prompts().cuda()
+    for at in ([3, 5, 8], [0, 0, 0]):
+        given = {**PLAIN, "eos_token_id": ends_of(model, rows, at), "cache_implementation": cache}
+        ours, theirs = Streamer(), Streamer()
+        expected = model.generate(rows, **given)
+        assert torch.equal(ec.generate(model, rows, **given), expected)
+        model.generate(rows[:1], streamer=theirs, **given)
+        ec.generate(model, rows[:1], streamer=ours, **given)
+        assert [x.tolist() for x in ours.seen] == [x.tolist() for x in theirs.seen]
+    torch.compiler.reset()
+
+
 def test_a_model_that_is_not_elastic_can_too() -> None:
     model = tiny()
     expected = model.generate(prompts(), eos_token_id=None, **PLAIN)
